@@ -1,0 +1,411 @@
+"""Configuration of the Raptor model family: a Vision Transformer whose layers are a few blocks applied repeatedly."""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.configuration_utils import PreTrainedConfig
+
+
+FFN_TYPES = ("mlp", "swiglu")
+DEPTH_CONDITIONINGS = ("none", "scale", "embedding", "low_rank")
+EMBEDDING_TYPES = ("dinov2_with_registers", "dinov2")
+# which class of the flat files each Auto class finds, where raptor_hf is not installed
+AUTO_MAP = {
+    "AutoConfig": "configuration_raptor.RaptorConfig",
+    "AutoModel": "modeling_raptor.RaptorModel",
+    "AutoBackbone": "modeling_raptor.RaptorBackbone",
+    "AutoModelForImageClassification": "modeling_raptor.RaptorForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_raptor.RaptorForSemanticSegmentation",
+    "AutoModelForDepthEstimation": "modeling_raptor.RaptorForDepthEstimation",
+    "AutoImageProcessor": "image_processing_raptor.RaptorImageProcessor",
+}
+# what a teacher's configuration and ours share, under the same names
+TEACHER_FIELDS = (
+    "hidden_size",
+    "num_attention_heads",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "drop_path_rate",
+    "apply_layernorm",
+    "reshape_hidden_states",
+)
+
+
+@strict
+class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of [`RaptorModel`] and its heads. The fields of [`Dinov2WithRegistersConfig`] keep their names;
+    `num_hidden_layers` (the number of steps) and `num_blocks` are derived from `block_repeats` and read-only.
+
+    Args:
+        block_repeats (`tuple[int, ...]`, *optional*, defaults to `(7, 3, 2)`):
+            Steps per block, in order: block 0 is applied `block_repeats[0]` times, then block 1, ...
+        block_schedule (`list[int]`, *optional*):
+            Block of every step, for partitions that are not contiguous. Must use block j `block_repeats[j]` times.
+            `None`: each block's steps follow each other.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width D of the tokens.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Attention heads per block.
+        ffn_type (`str`, *optional*, defaults to `"mlp"`):
+            `"mlp"`: linear, `hidden_act`, linear. `"swiglu"`: silu(first half) * second half of one linear, then linear.
+        intermediate_size (`int`, *optional*):
+            Inner width of the FFN (of each of the two halves for `"swiglu"`). Defaults to 4 * `hidden_size`.
+        depth_conditioning (`str`, *optional*, defaults to `"none"`):
+            How a block knows its step. `"none"`: not at all. `"scale"`: an MLP of the layer index gives three vectors
+            that scale attention branch, FFN branch and output. `"embedding"`: a learned vector per layer index is added
+            to the block's input. `"low_rank"`: per step a rank-r term on the QKV and the first FFN projection, and an
+            affine change of both norms and both LayerScales.
+        conditioning_rank (`int`, *optional*, defaults to 8):
+            Rank r of `"low_rank"`.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the `"mlp"` FFN.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the embeddings.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention weights.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of freshly initialised weights.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the final LayerNorm.
+        block_layer_norm_eps (`float`, *optional*):
+            Epsilon of the LayerNorms in the blocks. Defaults to `layer_norm_eps`; the research code uses 1e-5.
+        image_size (`int`, *optional*, defaults to 224):
+            Side of the images that the position embeddings were made for, in pixels. Other sizes are interpolated.
+        patch_size (`int`, *optional*, defaults to 14):
+            Side of a patch, in pixels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the images.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether the QKV projection has a bias.
+        layerscale_value (`float`, *optional*, defaults to 1e-5):
+            Initial LayerScale.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth, per sample and residual branch.
+        num_register_tokens (`int`, *optional*, defaults to 4):
+            Register tokens between the cls token and the patches. Always 0 for `embedding_type="dinov2"`.
+        embedding_type (`str`, *optional*, defaults to `"dinov2_with_registers"`):
+            Which embedding is wrapped, `"dinov2_with_registers"` or `"dinov2"`: only the first antialiases when it
+            interpolates positions.
+        apply_layernorm (`bool`, *optional*, defaults to `True`):
+            Whether the backbone normalises its feature maps.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`):
+            Whether the backbone gives feature maps as (B, D, height, width) rather than all tokens as (B, T, D).
+        num_segmentation_labels (`int`, *optional*, defaults to 150):
+            Classes of the segmentation head.
+        segmentation_id2label (`dict[int, str]`, *optional*):
+            Names of the segmentation classes, for the pipelines. Kept apart from the classifier's `id2label`.
+        segmentation_ignore_index (`int`, *optional*, defaults to 255):
+            Label of the pixels that the segmentation loss leaves out.
+        num_depth_bins (`int`, *optional*, defaults to 256):
+            Bins of the depth head, evenly spaced over [`min_depth`, `max_depth`].
+        min_depth (`float`, *optional*, defaults to 0.001):
+            Smallest depth, in metres.
+        max_depth (`float`, *optional*, defaults to 10.0):
+            Largest depth, in metres.
+        out_features (`list[str]`, *optional*):
+            Stages whose feature maps the backbone gives: `"stem"`, `"stage1"`, ..., `"stageL"`. Defaults to the last.
+        out_indices (`list[int]`, *optional*):
+            The same by index.
+
+    Raises:
+        ValueError: a field has an impossible value; the message names field, value and what would work.
+
+    Example:
+
+    ```python
+    >>> from raptor_hf import RaptorConfig, RaptorModel
+
+    >>> config = RaptorConfig(block_repeats=(7, 3, 2))
+    >>> config.num_hidden_layers, config.num_blocks
+    (12, 3)
+    >>> model = RaptorModel(config)
+    ```"""
+
+    model_type = "raptor"
+
+    block_repeats: list[int] | tuple[int, ...] = (7, 3, 2)
+    block_schedule: list[int] | tuple[int, ...] | None = None
+    hidden_size: int = 768
+    num_attention_heads: int = 12
+    ffn_type: str = "mlp"
+    intermediate_size: int | None = None
+    depth_conditioning: str = "none"
+    conditioning_rank: int = 8
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-6
+    block_layer_norm_eps: float | int | None = None
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 14
+    num_channels: int = 3
+    qkv_bias: bool = True
+    layerscale_value: float | int = 1e-5
+    drop_path_rate: float | int = 0.0
+    num_register_tokens: int = 4
+    embedding_type: str = "dinov2_with_registers"
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    num_segmentation_labels: int = 150
+    segmentation_id2label: dict[int, str] | dict[str, str] | None = None
+    segmentation_ignore_index: int = 255
+    num_depth_bins: int = 256
+    min_depth: float | int = 0.001
+    max_depth: float | int = 10.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.block_repeats = tuple(self.block_repeats)
+        if self.block_schedule is not None:
+            self.block_schedule = tuple(self.block_schedule)
+        self._check_block_fields()
+        self._refuse_derived_fields(kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.block_layer_norm_eps is None:
+            self.block_layer_norm_eps = self.layer_norm_eps
+        if self.segmentation_id2label is not None:
+            self.segmentation_id2label = {int(key): name for key, name in self.segmentation_id2label.items()}
+        # all entries, whichever class is saved; what a file says (stage_names too) may be stale
+        kwargs.pop("auto_map", None)
+        kwargs.pop("stage_names", None)
+        self.auto_map = dict(AUTO_MAP)
+        self.stage_names = ["stem"] + [f"stage{index}" for index in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of steps L: the sum of `block_repeats`."""
+        return sum(self.block_repeats)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks K that have weights."""
+        return len(self.block_repeats)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: cls and registers."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def block_layers(self) -> tuple[tuple[int, ...], ...]:
+        """For every block, the layer indices 1..L that it stands for, in order."""
+        schedule = self.block_schedule
+        if schedule is None:
+            schedule = [block for block, repeats in enumerate(self.block_repeats) for _ in range(repeats)]
+        layers: list[list[int]] = [[] for _ in self.block_repeats]
+        for layer, block in enumerate(schedule, start=1):
+            layers[block].append(layer)
+        return tuple(map(tuple, layers))
+
+    def step_plan(
+        self, num_steps: int | None = None, block_repeats: tuple[int, ...] | list[int] | None = None
+    ) -> tuple[tuple[int, float], ...]:
+        """
+        Which block runs at every step, and the depth index that it is told.
+
+        Args:
+            num_steps (`int`, *optional*):
+                Steps to run. Fewer than L: the first ones. More: the last block goes on, its depth index held at L.
+            block_repeats (`tuple[int, ...]`, *optional*):
+                Other counts for the same blocks; block j's depth indices are spread evenly over its phase (start, end].
+
+        Returns:
+            `tuple[tuple[int, float], ...]`: (block, depth index in layers 1..L) of every step.
+
+        Raises:
+            ValueError: `num_steps` is below 1, or `block_repeats` does not fit the blocks.
+        """
+        layers = self.block_layers
+        if block_repeats is None:
+            plan = [(block, float(layer)) for block, members in enumerate(layers) for layer in members]
+            plan.sort(key=lambda step: step[1])
+        else:
+            block_repeats = self._check_retiming(block_repeats)
+            plan, start = [], 0
+            for block, (repeats, trained) in enumerate(zip(block_repeats, self.block_repeats, strict=True)):
+                plan += [(block, start + trained * (i + 1) / repeats) for i in range(repeats)]
+                start += trained
+        if num_steps is not None:
+            if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+                raise ValueError(f"num_steps is {num_steps!r}; it must be an integer of at least 1.")
+            plan = plan[:num_steps] + [plan[-1]] * (num_steps - len(plan))
+        return tuple(plan)
+
+    def for_segmentation(self) -> "RaptorConfig":
+        """
+        A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, it is the
+        original again.
+        """
+        config = copy.copy(self)
+        config._classifier_labels = {"id2label": self.id2label, "label2id": self.label2id}
+        names = self.segmentation_id2label or {i: f"LABEL_{i}" for i in range(self.num_segmentation_labels)}
+        config.id2label, config.label2id = names, {name: index for index, name in names.items()}
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        return output | output.pop("_classifier_labels", {})
+
+    @classmethod
+    def from_teacher(
+        cls, teacher_config: PreTrainedConfig, block_repeats: tuple[int, ...] | list[int], **overrides: Any
+    ) -> "RaptorConfig":
+        """
+        Configuration of a student of a DINOv2 teacher.
+
+        Args:
+            teacher_config (`PreTrainedConfig`):
+                A `Dinov2Config` or `Dinov2WithRegistersConfig`.
+            block_repeats (`tuple[int, ...]`):
+                Steps per block; they must sum to the teacher's number of layers.
+            **overrides:
+                Fields that differ from the teacher's. FFN kind and width are the teacher's unless given here;
+                `layerscale_value` is never the teacher's.
+
+        Raises:
+            ValueError: the teacher is of another family, or `block_repeats` does not sum to its layers.
+        """
+        family = teacher_config.model_type
+        if family not in EMBEDDING_TYPES:
+            raise ValueError(f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.")
+        fields = {name: getattr(teacher_config, name) for name in TEACHER_FIELDS}
+        inner = int(teacher_config.hidden_size * teacher_config.mlp_ratio)
+        if teacher_config.use_swiglu_ffn:
+            # DINOv2's SwiGLU keeps two thirds of the width, rounded up to a multiple of 8
+            fields |= {"ffn_type": "swiglu", "intermediate_size": (int(inner * 2 / 3) + 7) // 8 * 8}
+        else:
+            fields |= {"ffn_type": "mlp", "intermediate_size": inner}
+        fields["embedding_type"] = family
+        fields["num_register_tokens"] = getattr(teacher_config, "num_register_tokens", 0)
+        fields["id2label"], fields["label2id"] = teacher_config.id2label, teacher_config.label2id
+        config = cls(block_repeats=tuple(block_repeats), **(fields | overrides))
+        if config.num_hidden_layers != teacher_config.num_hidden_layers:
+            raise ValueError(
+                f"block_repeats is {tuple(block_repeats)}, which sums to {config.num_hidden_layers}; "
+                f"it must sum to the teacher's {teacher_config.num_hidden_layers} layers."
+            )
+        return config
+
+    def validate_architecture(self) -> None:
+        """Part of `@strict`-powered validation: every impossible value is an error."""
+        self._check_block_fields()
+        self._check_positive()
+        for name, choices in (
+            ("ffn_type", FFN_TYPES),
+            ("depth_conditioning", DEPTH_CONDITIONINGS),
+            ("embedding_type", EMBEDDING_TYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.hidden_size % self.num_attention_heads:
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:3]
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
+                f"{self.hidden_size}; nearest that do: {sorted(near)}."
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if self.num_register_tokens < 0 or (self.embedding_type == "dinov2" and self.num_register_tokens != 0):
+            raise ValueError(
+                f"num_register_tokens is {self.num_register_tokens}; it must be 0 for embedding_type 'dinov2' "
+                "and at least 0 otherwise."
+            )
+        names = self.segmentation_id2label
+        if names is not None and len(names) != self.num_segmentation_labels:
+            raise ValueError(
+                f"segmentation_id2label has {len(names)} names; it must have num_segmentation_labels = "
+                f"{self.num_segmentation_labels} of them, or be None."
+            )
+        if self.max_depth <= self.min_depth:
+            raise ValueError(f"max_depth is {self.max_depth} m; it must be above min_depth, {self.min_depth} m.")
+        for image, patch in zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True):
+            if image % patch:
+                raise ValueError(
+                    f"image_size is {self.image_size}, which is not a multiple of patch_size {self.patch_size}; "
+                    f"nearest that are: {max(image // patch, 1) * patch} and {(image // patch + 1) * patch}."
+                )
+        height, width = (i // p for i, p in zip(as_pair(self.image_size), as_pair(self.patch_size), strict=True))
+        if height != width:
+            raise ValueError(
+                f"image_size is {self.image_size}: position embeddings are made for a square of patches, not for "
+                f"{height} x {width}. Give a square image_size; images of other shapes are interpolated at run time."
+            )
+
+    def _check_block_fields(self) -> None:
+        repeats, schedule = self.block_repeats, self.block_schedule
+        if not repeats or any(isinstance(n, bool) or n < 1 for n in repeats):
+            raise ValueError(f"block_repeats is {repeats}; it must be one or more positive integers, e.g. (7, 3, 2).")
+        if schedule is not None and [schedule.count(j) for j in range(len(repeats))] + [len(schedule)] != [
+            *repeats,
+            sum(repeats),
+        ]:
+            raise ValueError(
+                f"block_schedule is {list(schedule)}; it must have {sum(repeats)} entries and name block j "
+                f"block_repeats[j] times, for block_repeats {repeats}."
+            )
+
+    def _check_retiming(self, block_repeats: tuple[int, ...] | list[int]) -> tuple[int, ...]:
+        if self.block_schedule is not None:
+            raise ValueError("block_repeats can re-time contiguous phases only; this model has a block_schedule.")
+        block_repeats = tuple(block_repeats)
+        if len(block_repeats) != self.num_blocks or any(isinstance(n, bool) or n < 1 for n in block_repeats):
+            raise ValueError(
+                f"block_repeats is {block_repeats}; it must be {self.num_blocks} positive integers, one per block "
+                f"(trained with {tuple(self.block_repeats)})."
+            )
+        return block_repeats
+
+    def _check_positive(self) -> None:
+        for name in (
+            *("hidden_size", "num_attention_heads", "intermediate_size", "conditioning_rank", "num_channels"),
+            *("layer_norm_eps", "block_layer_norm_eps", "num_segmentation_labels", "min_depth"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and len(value) != 2:
+                raise ValueError(f"{name} is {value}; it must be an integer or a pair (height, width), in pixels.")
+            if min(as_pair(value)) < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1 pixel.")
+        if self.num_depth_bins < 2:
+            raise ValueError(f"num_depth_bins is {self.num_depth_bins}; it must be at least 2.")
+
+    def _refuse_derived_fields(self, kwargs: dict[str, Any]) -> None:
+        derived = {"num_hidden_layers": self.num_hidden_layers, "num_blocks": self.num_blocks}
+        for name, value in derived.items():
+            if kwargs.pop(name, value) != value:
+                raise ValueError(f"{name} follows from block_repeats {tuple(self.block_repeats)}: it is {value}.")
+        for name in ("use_swiglu_ffn", "mlp_ratio"):
+            if name in kwargs:
+                raise ValueError(
+                    f"{name} is {kwargs[name]}; RaptorConfig takes ffn_type ({' or '.join(FFN_TYPES)}) and "
+                    "intermediate_size instead."
+                )
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size given as one integer or as a pair."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+__all__ = ["RaptorConfig"]

@@ -1,0 +1,270 @@
+"""Weights from one form to another: teacher to student, student to plain DINOv2, Meta's linear heads into either.
+
+    teacher = load_teacher("facebook/dinov2-with-registers-base")
+    student = student_from_teacher(teacher, (7, 3, 2), init="first", depth_conditioning="low_rank")
+    to_dinov2(student).save_pretrained(folder)         # loads without this package
+
+Checkpoints of the method's research code are read by `raptor_hf.research`.
+"""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from raptor_hf.configuration_raptor import TEACHER_FIELDS, RaptorConfig
+from raptor_hf.modeling_raptor import (
+    RaptorEncoder,
+    RaptorForImageClassification,
+    RaptorModel,
+    StepModulation,
+)
+from raptor_hf.phases import Partition
+from raptor_hf.teacher import Teacher, build_dinov2, count_parameters, find_classifier
+
+__all__ = ["BlockInit", "count_parameters", "load_meta_linear_head", "student_from_teacher", "to_dinov2"]
+
+BlockInit = Literal["random", "first", "middle", "mean"]
+
+# What a student takes over from its teacher unchanged: always, and where its blocks start from the teacher's layers.
+SHARED_FIELDS = (
+    "hidden_size",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "num_register_tokens",
+    "embedding_type",
+    "layer_norm_eps",
+)
+BLOCK_FIELDS = ("ffn_type", "intermediate_size", "hidden_act", "num_attention_heads", "qkv_bias")
+
+NOT_IN_DINOV2 = {
+    "scale": "it scales the tokens after every step, residual included, which no DINOv2 layer does",
+    "embedding": "it adds a vector to the tokens before every step, residual included, which no DINOv2 layer does",
+}
+
+
+def student_from_teacher(
+    teacher: Teacher | PreTrainedModel,
+    block_repeats: Sequence[int] | Partition,
+    init: BlockInit = "random",
+    seed: int | None = None,
+    **config_overrides: Any,
+) -> RaptorForImageClassification | RaptorModel:
+    """Builds a student with its teacher's embeddings, final norm and classifier.
+
+    With `block_repeats=(1,) * L` and an `init` other than "random" the student computes what the teacher does.
+
+    Args:
+        teacher: a teacher, or a DINOv2 model with or without a classifier, which is left as it is.
+        block_repeats: steps per block, summing to the teacher's layers, or a partition of these.
+        init: what the blocks start from. "random" is the initialisation of `RaptorPreTrainedModel`; "first" and
+            "middle" copy the first or the middle layer (the earlier one of two) of those that the block stands for,
+            LayerScale included; "mean" averages the parameters of all of them.
+        seed: of the random numbers drawn here; None uses and advances PyTorch's global generator.
+        **config_overrides: fields of `RaptorConfig` that are not to follow the teacher. With `block_schedule`, a block
+            stands for the layers that `RaptorConfig.block_layers` says.
+
+    Returns:
+        The student in float32 and eval mode on the CPU, with a classifier if the teacher has one.
+
+    Raises:
+        ValueError: if `init` is unknown, the repeats do not fit the teacher, or an overridden field keeps the teacher's
+            weights from fitting.
+    """
+    if init not in get_args(BlockInit):
+        raise ValueError(f"init={init!r} must be one of {', '.join(get_args(BlockInit))}")
+    if not isinstance(teacher, Teacher):
+        # a Teacher freezes its model; the caller's must stay as it is
+        teacher = Teacher(copy.deepcopy(teacher))
+    config = _student_config(teacher, block_repeats, init, config_overrides)
+    student_class = RaptorModel if teacher.classifier is None else RaptorForImageClassification
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.default_generator.manual_seed(seed)
+        student = student_class(config).eval()
+    base = student.base_model
+    base.embeddings.load_state_dict(teacher.embeddings_state_dict())
+    base.layernorm.load_state_dict(teacher.layernorm_state_dict())
+    if teacher.classifier is not None:
+        student.classifier.load_state_dict(teacher.classifier_state_dict())
+    if init != "random":
+        for block, layers in zip(base.encoder.blocks, config.block_layers, strict=True):
+            block.load_state_dict(_initial_weights(teacher, layers, init))
+    return student
+
+
+def to_dinov2(student: RaptorForImageClassification | RaptorModel) -> PreTrainedModel:
+    """Unrolls a student into plain DINOv2, one layer per step, where DINOv2 can express it.
+
+    "low_rank" conditioning is merged into the weights of every layer, in float64; the mask token is zero.
+
+    Args:
+        student: with depth conditioning "none" or "low_rank".
+
+    Returns:
+        A `Dinov2Model` or `Dinov2WithRegistersModel`, or their `...ForImageClassification` if the student has a
+        classifier, with the student's labels, precision and device, in eval mode.
+
+    Raises:
+        ValueError: if the student is of another class, or DINOv2 has no setting for one of its fields.
+    """
+    if type(student).__name__ not in ("RaptorModel", "RaptorForImageClassification"):
+        raise ValueError(
+            f"student is a {type(student).__name__}; only RaptorModel and RaptorForImageClassification have a "
+            "counterpart in DINOv2. Save it and load it as one of these"
+        )
+    base, classifier = student.base_model, find_classifier(student)
+    model = build_dinov2(
+        _dinov2_config(student.config),
+        embeddings=base.embeddings.state_dict(),
+        blocks=_unrolled_blocks(base.encoder),
+        layernorm=base.layernorm.state_dict(),
+        classifier=None if classifier is None else classifier.state_dict(),
+        dtype=student.dtype,
+    )
+    return model.to(student.device)
+
+
+def load_meta_linear_head(
+    path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor], model: PreTrainedModel
+) -> None:
+    """Loads one of Meta's ImageNet linear heads for DINOv2 into a classification model, in place.
+
+    Args:
+        path_or_state_dict: file `dinov2_*_linear_head.pth`, or its content: `weight` (C, 2 D) and `bias` (C,) of a
+            linear layer on [cls, mean patch] after the final norm.
+        model: `RaptorForImageClassification`, `Dinov2ForImageClassification` or
+            `Dinov2WithRegistersForImageClassification` of width D with C labels.
+
+    Raises:
+        ValueError: if the model has no such classifier, or the head is of another kind or size.
+    """
+    classifier = find_classifier(model)
+    if classifier is None:
+        raise ValueError(
+            f"model is a {type(model).__name__} with num_labels={model.config.num_labels}; it must be a Raptor or "
+            "DINOv2 ...ForImageClassification with num_labels above 0"
+        )
+    if isinstance(path_or_state_dict, Mapping):
+        head = path_or_state_dict
+    else:
+        head = torch.load(path_or_state_dict, map_location="cpu", weights_only=True)
+    if not isinstance(head, Mapping) or set(head) != {"weight", "bias"}:
+        content = sorted(map(str, head)) if isinstance(head, Mapping) else type(head).__name__
+        raise ValueError(f"path_or_state_dict holds {content}; a linear head has exactly 'weight' and 'bias'")
+    shape, dim = tuple(head["weight"].shape), model.config.hidden_size
+    if len(shape) == 2 and shape[1] == 5 * dim:
+        raise ValueError(
+            f"the head's weight is {shape}, 5 D wide for D={dim}: it takes the cls tokens of 4 layers and the mean "
+            "patch. Use the head for 1 layer, 2 D wide; its file name has no 'linear4'"
+        )
+    if shape != (classifier.out_features, 2 * dim):
+        raise ValueError(
+            f"the head's weight is {shape}; a model with num_labels={classifier.out_features} and hidden_size={dim} "
+            f"needs {(classifier.out_features, 2 * dim)}"
+        )
+    classifier.load_state_dict(head)
+
+
+def _student_config(
+    teacher: Teacher, block_repeats: Sequence[int] | Partition, init: BlockInit, overrides: Mapping[str, Any]
+) -> RaptorConfig:
+    if isinstance(block_repeats, Partition):
+        if "block_schedule" in overrides:
+            raise ValueError("block_repeats is a Partition, which has a schedule; leave block_schedule out")
+        if not block_repeats.is_contiguous:
+            overrides = {**overrides, "block_schedule": block_repeats.layer_to_block}
+        block_repeats = block_repeats.block_repeats
+    config = RaptorConfig.from_teacher(teacher.config, block_repeats, **overrides)
+    unchanged = RaptorConfig.from_teacher(teacher.config, block_repeats)
+    fields = SHARED_FIELDS
+    if init != "random":
+        fields += BLOCK_FIELDS
+    if teacher.classifier is not None:
+        fields += ("num_labels",)
+    for name in fields:
+        value, expected = getattr(config, name), getattr(unchanged, name)
+        if value != expected:
+            raise ValueError(
+                f"{name}={value!r} does not fit the teacher's weights, which need {expected!r}"
+                + (f"; init={init!r} copies its layers, init='random' does not" if name in BLOCK_FIELDS else "")
+            )
+    return config
+
+
+def _initial_weights(teacher: Teacher, layers: tuple[int, ...], init: BlockInit) -> dict[str, Tensor]:
+    if init == "mean":
+        weights = [teacher.block_state_dict(layer) for layer in layers]
+        return {name: torch.stack([w[name] for w in weights]).cpu().double().mean(0) for name in weights[0]}
+    return teacher.block_state_dict(layers[0] if init == "first" else layers[(len(layers) - 1) // 2])
+
+
+def _unrolled_blocks(encoder: RaptorEncoder) -> Iterator[dict[str, Tensor]]:
+    """The weights of every step, float64, one step at a time: all of a large model would not fit."""
+    encoder = copy.deepcopy(encoder).to("cpu", torch.float64)
+    plan = encoder.config.step_plan()
+    with torch.no_grad():
+        for (block, _), modulation in zip(plan, encoder.modulations(plan), strict=True):
+            yield _merged(encoder.blocks[block].state_dict(), modulation)
+
+
+def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tensor]:
+    """The weights of a block with the "low_rank" modulation of one step in them; with none, as they are."""
+    if step.qkv_up is None:
+        return weights
+    merged = dict(weights)
+    merged["attention.qkv.weight"] = weights["attention.qkv.weight"] + step.qkv_up @ step.qkv_down
+    merged["ffn.fc1.weight"] = weights["ffn.fc1.weight"] + step.ffn_up @ step.ffn_down
+    merged["norm1.weight"] = weights["norm1.weight"] * (1 + step.norm1_gain)
+    merged["norm1.bias"] = weights["norm1.bias"] + step.norm1_shift
+    merged["norm2.weight"] = weights["norm2.weight"] * (1 + step.norm2_gain)
+    merged["norm2.bias"] = weights["norm2.bias"] + step.norm2_shift
+    merged["layer_scale1.lambda1"] = weights["layer_scale1.lambda1"] * (1 + step.layer_scale1_gain)
+    merged["layer_scale2.lambda1"] = weights["layer_scale2.lambda1"] * (1 + step.layer_scale2_gain)
+    return merged
+
+
+def _dinov2_config(config: RaptorConfig) -> PreTrainedConfig:
+    if config.depth_conditioning in NOT_IN_DINOV2:
+        raise ValueError(
+            f"depth_conditioning={config.depth_conditioning!r} cannot become DINOv2: "
+            f"{NOT_IN_DINOV2[config.depth_conditioning]}. 'none' and 'low_rank' can"
+        )
+    if config.block_layer_norm_eps != config.layer_norm_eps:
+        raise ValueError(
+            f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
+            "DINOv2 has one epsilon for all norms"
+        )
+    fields = {name: getattr(config, name) for name in (*TEACHER_FIELDS, "layerscale_value", "id2label", "label2id")}
+    for name in ("initializer_range", "layer_norm_eps", "layerscale_value"):
+        fields[name] = float(fields[name])  # where we take integers too, DINOv2 does not
+    if config.embedding_type == "dinov2_with_registers":
+        fields["num_register_tokens"] = config.num_register_tokens
+    return AutoConfig.for_model(
+        config.embedding_type,
+        num_hidden_layers=config.num_hidden_layers,
+        use_swiglu_ffn=config.ffn_type == "swiglu",
+        mlp_ratio=_mlp_ratio(config),
+        **fields,
+    )
+
+
+def _mlp_ratio(config: RaptorConfig) -> int:
+    """DINOv2's FFN is a whole multiple of D wide; its SwiGLU takes 2/3 of that, rounded up to a multiple of 8."""
+    width, dim = config.intermediate_size, config.hidden_size
+    swiglu = config.ffn_type == "swiglu"
+    around = int(width / dim * (1.5 if swiglu else 1))
+    widths = {}
+    for ratio in range(max(around - 1, 1), around + 2):
+        widths[(int(ratio * dim * 2 / 3) + 7) // 8 * 8 if swiglu else ratio * dim] = ratio
+    if width not in widths:
+        raise ValueError(
+            f"intermediate_size={width} is no width that DINOv2 can have for ffn_type={config.ffn_type!r} and "
+            f"hidden_size={dim}; nearest that are: {sorted(widths)}"
+        )
+    return widths[width]

@@ -1,0 +1,176 @@
+"""Figures of the paper's analyses, drawn with matplotlib's object-oriented API: no pyplot, no global state."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedLocator, MaxNLocator
+
+from .phases import Partition, as_distance_matrix
+
+
+def plot_phases(
+    distance: np.ndarray,
+    partition: Partition,
+    path: str | os.PathLike[str] | None = None,
+    title: str | None = None,
+    label: str = "distance 1 \N{MINUS SIGN} cos (cls, mean patch)",
+) -> Figure:
+    """Draws the distances between layers as a heat map, and the blocks of a partition on it.
+
+    Contiguous partitions are drawn as one square per phase; fragmented ones as a strip beside the map with the block of
+    every layer. Up to 16 layers the distances are written in the cells.
+
+    Args:
+        distance: (L, L) between layers.
+        partition: of the same L layers.
+        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
+        title: above the map.
+        label: of the colour bar, what the distance is.
+
+    Raises:
+        ValueError: if the matrix holds no distances, or the partition has another number of layers.
+    """
+    distance = as_distance_matrix(distance)
+    num_layers = len(distance)
+    if num_layers != partition.num_layers:
+        raise ValueError(f"distance has {num_layers} layers, partition has {partition.num_layers}; they must agree")
+    side = 6.0 if num_layers <= 16 else 7.0
+    figure = Figure(figsize=(side * (1.15 if partition.is_contiguous else 1.22), side), layout="constrained")
+    axes = figure.add_subplot()
+    edges = (0.5, num_layers + 0.5)
+    image = axes.imshow(distance, cmap="viridis_r", vmin=0, extent=(*edges, *edges[::-1]), interpolation="nearest")
+    ticks = FixedLocator(range(1, num_layers + 1)) if num_layers <= 32 else MaxNLocator(12, integer=True, min_n_ticks=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticks)
+        axis.set_label_text("layer")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title or "")
+    if num_layers <= 16:
+        _write_values(axes, distance, image)
+    if partition.is_contiguous:
+        _outline_phases(axes, partition)
+    else:
+        _add_block_strip(axes, partition)
+    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.03 if partition.is_contiguous else 0.09)
+    bar.outline.set_visible(False)
+    if path is not None:
+        figure.savefig(path, dpi=200)
+    return figure
+
+
+def plot_fidelity(
+    fidelity: Mapping[str, Any],
+    partition: Partition | None = None,
+    path: str | os.PathLike[str] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draws how near a student is to its teacher, layer by layer: R^2 and cosine above, relative error below.
+
+    Args:
+        fidelity: as in metrics.json: "r2" and "relative_epsilon", L numbers each, and "cosine" by token group.
+        partition: of the L layers; where the block changes, a line is drawn.
+        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
+        title: above the figure.
+    """
+    layers = np.arange(1, len(fidelity["r2"]) + 1)
+    figure = Figure(figsize=(7.0, 5.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    upper.plot(layers, fidelity["r2"], "o-", color="black", label="R\N{SUPERSCRIPT TWO}, all tokens")
+    for group, values in fidelity["cosine"].items():
+        if values is not None:
+            upper.plot(layers, values, ".--", label=f"cosine, {group}")
+    upper.axhline(1, color="0.8", linewidth=1, zorder=0)
+    upper.set_ylabel("student against teacher")
+    upper.legend(frameon=False, fontsize=9)
+    lower.plot(layers, fidelity["relative_epsilon"], "o-", color="crimson")
+    lower.set(xlabel="layer", ylabel="relative error\n‖student \N{MINUS SIGN} teacher‖ / ‖teacher‖")
+    lower.set_ylim(bottom=0)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
+    for axes in (upper, lower):
+        axes.spines[["top", "right"]].set_visible(False)
+        for boundary in _block_changes(partition):
+            axes.axvline(boundary + 0.5, color="0.6", linewidth=1, linestyle=":", zorder=0)
+    figure.suptitle(title or "")
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_losses(histories: Mapping[int, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draws the loss curves of the stages side by side, on a logarithmic scale, with the learning rate below.
+
+    Args:
+        histories: for each stage its log records, with "step", "lr", "loss" and possibly "block_J".
+        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
+    """
+    stages = {stage: records for stage, records in histories.items() if records}
+    figure = Figure(figsize=(5.0 * max(1, len(stages)), 4.6), layout="constrained")
+    grid = figure.subplots(2, max(1, len(stages)), squeeze=False, sharex="col", height_ratios=(3, 1))
+    for (stage, records), (upper, lower) in zip(stages.items(), grid.T, strict=False):
+        steps = [record["step"] for record in records]
+        parts = [name for name in records[0] if name.startswith("block_")]
+        for name in parts or ["loss"]:
+            label = f"block {int(name.removeprefix('block_')) + 1}" if parts else "mean over steps"
+            upper.plot(steps, [record[name] for record in records], label=label)
+        upper.set(title=f"stage {stage}", ylabel="loss", yscale="log")
+        upper.legend(frameon=False, fontsize=9)
+        lower.plot(steps, [record["lr"] for record in records], color="0.4")
+        lower.set(xlabel="optimizer step", ylabel="learning rate")
+        for axes in (upper, lower):
+            axes.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _block_changes(partition: Partition | None) -> list[int]:
+    """Layers after which the block changes."""
+    if partition is None:
+        return []
+    owners = partition.layer_to_block
+    return [layer for layer in range(1, len(owners)) if owners[layer] != owners[layer - 1]]
+
+
+def _write_values(axes: Axes, distance: np.ndarray, image: AxesImage) -> None:
+    """Writes every distance in its cell."""
+    for (row, column), value in np.ndenumerate(distance):
+        color = _ink(image.to_rgba(value))
+        axes.text(column + 1, row + 1, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=color)
+
+
+def _outline_phases(axes: Axes, partition: Partition) -> None:
+    """Draws a square around every phase."""
+    # All white halos first: squares touch, and a halo must not cut a neighbour's line.
+    for color, width in (("white", 4.5), ("crimson", 2.5)):
+        for start, end in partition.phases:
+            square = Rectangle((start + 0.5, start + 0.5), end - start, end - start, fill=False, clip_on=False)
+            square.set(edgecolor=color, linewidth=width, joinstyle="miter")
+            axes.add_patch(square)
+
+
+def _add_block_strip(axes: Axes, partition: Partition) -> None:
+    """Draws the block of every layer beside the map, coloured and numbered from 1."""
+    blocks = np.array(partition.layer_to_block)
+    palette = matplotlib.colormaps["tab10" if partition.num_blocks <= 10 else "tab20"]
+    colors = palette(blocks % palette.N)
+    strip = axes.inset_axes((1.015, 0.0, 0.04, 1.0))
+    strip.imshow(colors[:, None], extent=(0, 1, len(blocks) + 0.5, 0.5), aspect="auto", interpolation="nearest")
+    if len(blocks) <= 32:
+        for layer, (block, color) in enumerate(zip(blocks, colors, strict=True), start=1):
+            strip.text(0.5, layer, str(block + 1), ha="center", va="center", fontsize=8, color=_ink(color))
+    strip.set(xticks=[], yticks=[], xlabel="block")
+    strip.spines[:].set_visible(False)
+    strip.set_in_layout(False)  # the layout engine would push the map out of the figure; the padding makes the room
+
+
+def _ink(background: Sequence[float]) -> str:
+    """Black or white, whichever reads better on an RGBA colour (luma of ITU-R BT.601)."""
+    return "black" if np.dot(background[:3], (0.299, 0.587, 0.114)) > 0.42 else "white"

@@ -1,0 +1,644 @@
+"""Distil a Hugging Face teacher into a Raptor: phases, stage 1, stage 2, fidelity, a folder that from_pretrained loads.
+
+    accelerate launch --config_file training/accelerate/cpu.yaml training/distill.py training/configs/digits_k3.yaml
+    accelerate launch training/distill.py training/configs/dinov2_vitb14_k3.yaml --batch_size 128 --output_dir runs/k3
+
+Every setting is a key of the YAML file and a flag of the same name. The same command, given again, resumes from the last
+checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config file.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from raptor_hf import figures
+from raptor_hf.checkpoint import (
+    gather_rng_state,
+    latest_checkpoint,
+    load_checkpoint,
+    load_model_and_optimizer,
+    model_and_optimizer_tensors,
+    restore_rng_state,
+    save_checkpoint,
+)
+from raptor_hf.conversion import student_from_teacher
+from raptor_hf.data import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.distillation import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
+from raptor_hf.image_processing_raptor import RaptorImageProcessor
+from raptor_hf.loading import ImageLoader, eval_loader, train_loader
+from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
+from raptor_hf.phases import (
+    Partition,
+    SimilarityAccumulator,
+    boundary_stability,
+    find_phases,
+    random_contiguous,
+    random_fragmented,
+)
+from raptor_hf.recipe import (
+    IntervalLog,
+    NonFiniteGuard,
+    cosine_schedule,
+    describe_environment,
+    warn_if_single_thread,
+    write_json,
+)
+from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
+
+
+logger = logging.getLogger("distill")
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Settings of a distillation; the defaults are the published recipe (arXiv 2512.19941)."""
+
+    # the teacher and the images
+    teacher: str
+    dataset: str
+    output_dir: str
+    teacher_revision: str | None = None
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    streaming: bool = False
+    # the phases: given by block_repeats, or num_blocks of them found
+    block_repeats: list[int] | None = None
+    num_blocks: int | None = None
+    partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = "normalized"
+    phase_images: int = 10_000
+    num_bootstraps: int = 100
+    # the student
+    init: Literal["random", "first", "middle", "mean"] = "random"
+    depth_conditioning: Literal["none", "scale", "embedding", "low_rank"] = "scale"
+    conditioning_rank: int = 8
+    ffn_type: Literal["mlp", "swiglu"] | None = None
+    intermediate_size: int | None = None
+    block_layer_norm_eps: float | None = None
+    # the training
+    stage1_steps: int = 312_500
+    stage2_steps: int = 312_500
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+    final_learning_rate: float = 1e-6
+    warmup_steps: int = 10_000
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    teacher_forcing: Literal["anneal", "only", "none"] = "anneal"
+    anneal_fraction: float = 0.25
+    loss: Literal["mse", "frobenius"] = "mse"
+    normalize_loss: bool = False
+    cls_weighting: bool = True
+    stage1_weights: list[float] | None = None
+    stage2_weights: list[float] | None = None
+    horizon: int | None = None
+    input_noise: float = 0.0
+    train_block: int | None = None
+    # the machine
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    num_workers: int = 0
+    seed: int = 0
+    # the run
+    eval_batch_size: int = 64
+    eval_images: int | None = None
+    eval_every: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_nonfinite_steps: int = 0
+    max_decode_failures: int = 100
+    tracker: str | None = None
+    override: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.block_repeats is None) == (self.num_blocks is None):
+            raise ValueError("give block_repeats (steps per block) or num_blocks (to find the phases), one of the two")
+        positive = ("batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every")
+        for name in (*positive, "checkpoint_every", "keep_checkpoints", "learning_rate", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "weight_decay", "seed", "eval_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.stage1_steps + self.stage2_steps == 0:
+            raise ValueError("stage1_steps and stage2_steps are both 0; there is nothing to train")
+        for name in ("stage1_steps", "stage2_steps"):
+            if 0 < getattr(self, name) <= self.warmup_steps:
+                raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below {name}, {getattr(self, name)}")
+        if not 0 <= self.anneal_fraction <= 1:
+            raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
+        if self.train_block is not None and self.stage2_steps:
+            raise ValueError("train_block trains one block in stage 1; it needs stage2_steps 0")
+
+
+def main() -> None:
+    settings = parse_settings(DistillSettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    with user_errors():
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=settings.tracker,
+            project_dir=str(Path(settings.output_dir) / "logs") if settings.tracker else None,
+        )
+        warn_if_single_thread(logger, accelerator)
+        set_seed(settings.seed)
+        teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
+        folder = Path(settings.output_dir)
+        if accelerator.is_main_process:
+            prepare_output_dir(folder, settings, override=settings.override, needed_bytes=disk_space(settings, teacher))
+        accelerator.wait_for_everyone()
+    if settings.tracker:
+        accelerator.init_trackers("distill", config={k: str(v) for k, v in settings_to_dict(settings).items()})
+    seconds: dict[str, float] = {}
+
+    began = time.perf_counter()
+    loader = functools.partial(
+        train_loader,
+        train_images,
+        processor,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        process_index=accelerator.process_index,
+        num_processes=accelerator.num_processes,
+        num_workers=settings.num_workers,
+        max_failures=settings.max_decode_failures,
+    )
+    partition, variance = phases_of(teacher, loader, settings, accelerator)
+    seconds["phases"] = time.perf_counter() - began
+
+    student = make_student(teacher, partition, settings)
+    task = DistillationTask(
+        student,
+        TrajectoryLoss(
+            settings.loss, teacher.num_registers, variance.sqrt().to(accelerator.device) if variance is not None else None
+        ),
+        stage1_weights=(settings.stage1_weights or [0.34, 0.33, 0.33]) if settings.cls_weighting else None,
+        stage2_weights=(settings.stage2_weights or [0.45, 0.10, 0.45]) if settings.cls_weighting else None,
+        horizon=settings.horizon,
+        input_noise=settings.input_noise,
+    )
+    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    task, optimizer = accelerator.prepare(task, optimizer)
+
+    run = Run(settings, accelerator, teacher, task, optimizer, test_images, processor)
+    run.resume()
+    for stage in (1, 2):
+        if run.num_steps(stage) and run.stage <= stage:
+            run.train(stage, loader)
+            seconds[f"stage{stage}"] = run.log.history[-1]["seconds"]
+    accelerator.wait_for_everyone()
+
+    began = time.perf_counter()
+    weights = accelerator.get_state_dict(task)
+    metrics = run.evaluate(settings.eval_images)
+    seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
+    seconds["evaluation"] = time.perf_counter() - began
+    if accelerator.is_main_process:
+        metrics |= describe_run(run, partition, seconds)
+        save_outputs(run, partition, metrics, weights, folder)
+        print_table(metrics)
+        print(f"saved to {folder}: the model, metrics.json and figures/")
+    accelerator.end_training()
+
+
+def open_inputs(
+    settings: DistillSettings, accelerator: Accelerator
+) -> tuple[Teacher, Any, ImageSet, ImageSet]:
+    """Everything that can be wrong with teacher and images, before any work starts."""
+    dtype = getattr(torch, settings.teacher_dtype)
+    teacher = load_teacher(settings.teacher, revision=settings.teacher_revision, dtype=dtype, device=accelerator.device)
+    layers = teacher.num_layers
+    if settings.num_blocks is not None and not 1 <= settings.num_blocks <= layers:
+        raise ValueError(f"num_blocks is {settings.num_blocks}; it must be between 1 and the teacher's {layers} layers")
+    if settings.block_repeats is not None and sum(settings.block_repeats) != layers:
+        raise ValueError(
+            f"block_repeats is {settings.block_repeats}, which sums to {sum(settings.block_repeats)}; "
+            f"it must sum to the teacher's {layers} layers"
+        )
+    num_blocks = settings.num_blocks or len(settings.block_repeats)
+    if settings.train_block is not None and not 0 <= settings.train_block < num_blocks:
+        raise ValueError(f"train_block is {settings.train_block}; it must be between 0 and {num_blocks - 1}")
+    share = accelerator.num_processes * settings.gradient_accumulation_steps
+    if settings.batch_size % share:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}; it must be a multiple of {share}, "
+            f"{accelerator.num_processes} processes times {settings.gradient_accumulation_steps} accumulation steps"
+        )
+    if settings.eval_batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"eval_batch_size is {settings.eval_batch_size}; it must be a multiple of {accelerator.num_processes} processes"
+        )
+    processor = load_image_processor(settings.teacher, settings.teacher_revision)
+    check_image_size(processor, teacher.patch_size)
+    # one process prepares the data set, the others find it in the cache
+    with accelerator.main_process_first():
+        train_images, test_images = (
+            open_images(
+                settings.dataset,
+                split,
+                config_name=settings.dataset_config,
+                revision=settings.dataset_revision,
+                image_column=settings.image_column,
+                label_column=settings.label_column,
+                streaming=settings.streaming,
+            )
+            for split in (settings.train_split, settings.test_split)
+        )
+    return teacher, processor, train_images, test_images
+
+
+def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
+    """Bytes that a run may take: checkpoints with weights and two moments, one being written, and the model."""
+    blocks = (settings.num_blocks or len(settings.block_repeats)) / teacher.num_layers
+    return int(4 * teacher.num_parameters * (3 * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
+
+
+def phases_of(
+    teacher: Teacher, loader: functools.partial, settings: DistillSettings, accelerator: Accelerator
+) -> tuple[Partition, Tensor | None]:
+    """
+    The partition of the teacher's layers, given or found on `phase_images` training images, with its figure; and the
+    teacher's variance in every layer, (L + 1,), if the loss is to be normalised.
+    """
+    folder, layers = Path(settings.output_dir), teacher.num_layers
+    similarity = SimilarityAccumulator(
+        layers,
+        teacher.num_registers,
+        has_cls=teacher.has_cls,
+        num_bootstraps=settings.num_bootstraps,
+        seed=settings.seed + accelerator.process_index,
+    )
+    variance = LayerVariance(layers, teacher.hidden_size)
+    # the images of the first steps; whole batches, so that every process has the same share
+    num_steps = max(1, settings.phase_images // settings.batch_size)
+    batches = tqdm(loader(num_steps=num_steps), "phases", disable=not accelerator.is_main_process, leave=False)
+    for batch in batches:
+        with torch.no_grad(), accelerator.autocast():
+            states = teacher.trajectory(batch["pixel_values"].to(accelerator.device))
+        similarity.update(states)
+        variance.update(states)
+    for accumulator in (similarity, variance):
+        accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
+    distance = similarity.compute()
+    partition, stability = choose_partition(distance, similarity, settings, layers)
+    if accelerator.is_main_process:
+        (folder / "figures").mkdir(exist_ok=True)
+        record = partition.to_dict() | {"distance": distance, "num_images": num_steps * settings.batch_size}
+        write_json(folder / "phases.json", record | {"stability": stability})
+        figures.plot_phases(distance, partition, folder / "figures" / "phases.png")
+        stable = f", boundaries stable in {stability['modal_frequency']:.0%} of bootstraps" if stability else ""
+        logger.info("phases %s (%s%s)", describe_partition(partition), partition.method, stable)
+    return partition, variance.compute() if settings.normalize_loss else None
+
+
+def choose_partition(
+    distance: np.ndarray, similarity: SimilarityAccumulator, settings: DistillSettings, num_layers: int
+) -> tuple[Partition, dict[str, Any] | None]:
+    """The given or found partition, and for a found one its stability under a bootstrap over images."""
+    if settings.block_repeats is not None:
+        ends = np.cumsum(settings.block_repeats)[:-1].tolist()
+        return Partition.from_boundaries(ends, num_layers, method="given"), None
+    if settings.partition == "random_contiguous":
+        return random_contiguous(num_layers, settings.num_blocks, settings.seed), None
+    if settings.partition == "random_fragmented":
+        return random_fragmented(num_layers, settings.num_blocks, settings.seed), None
+    partition = find_phases(distance, settings.num_blocks, method=settings.partition)
+    if settings.num_bootstraps == 0 or settings.partition == "bisection":
+        return partition, None
+    stability = boundary_stability(similarity.bootstrap(), settings.num_blocks, method=settings.partition)
+    return partition, {
+        "boundary_frequency": stability.boundary_frequency,
+        "modal": stability.modal.to_dict(),
+        "modal_frequency": stability.modal_frequency,
+    }
+
+
+def describe_partition(partition: Partition) -> str:
+    """Phases as [1-7][8-10]; the layers of each block where they are no phases."""
+    if partition.is_contiguous:
+        return "".join(f"[{start + 1}-{end}]" for start, end in partition.phases)
+    return " ".join(str(list(layers)) for layers in partition.blocks)
+
+
+def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:
+    """The student, with everything frozen but its blocks and their conditioning."""
+    wanted = {
+        "ffn_type": settings.ffn_type,
+        "intermediate_size": settings.intermediate_size,
+        "block_layer_norm_eps": settings.block_layer_norm_eps,
+    }
+    overrides = {name: value for name, value in wanted.items() if value is not None}
+    student = student_from_teacher(
+        teacher,
+        partition,
+        init=settings.init,
+        seed=settings.seed,
+        depth_conditioning=settings.depth_conditioning,
+        conditioning_rank=settings.conditioning_rank,
+        **overrides,
+    )
+    student.requires_grad_(False)
+    for block in range(partition.num_blocks):
+        if settings.train_block in (None, block):
+            for parameter in block_parameters(student, block):
+                parameter.requires_grad_(True)
+    if settings.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        for block in student.base_model.encoder.blocks:
+            block.compile()
+    return student.train()
+
+
+def block_parameters(student: nn.Module, block: int) -> list[nn.Parameter]:
+    """Weights of one block and its conditioner."""
+    encoder = student.base_model.encoder
+    return [*encoder.blocks[block].parameters(), *encoder.conditioners[block].parameters()]
+
+
+class Run:
+    """The training under way: what a checkpoint holds, the loop, and the evaluation."""
+
+    def __init__(
+        self,
+        settings: DistillSettings,
+        accelerator: Accelerator,
+        teacher: Teacher,
+        task: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        test_images: ImageSet,
+        processor: Any,
+    ) -> None:
+        self.settings, self.accelerator, self.teacher = settings, accelerator, teacher
+        self.task, self.optimizer = task, optimizer
+        self.test_images, self.processor = test_images, processor
+        self.folder = Path(settings.output_dir)
+        self.stage, self.step = 1, 0
+        self.histories: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
+        self.evaluations: list[dict[str, Any]] = []
+        self.failures: dict[str, str] = {}
+        self.pending_log: dict[str, Any] | None = None
+
+    @property
+    def student(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.task).student
+
+    def num_steps(self, stage: int) -> int:
+        return self.settings.stage1_steps if stage == 1 else self.settings.stage2_steps
+
+    def train(self, stage: int, loader: functools.partial) -> None:
+        """One stage, from where the run is."""
+        settings, accelerator, num_steps = self.settings, self.accelerator, self.num_steps(stage)
+        if self.stage < stage:  # a fresh optimizer for the second stage
+            self.stage, self.step, self.pending_log = stage, 0, None
+            self.optimizer.state.clear()
+        self.log = IntervalLog(
+            accelerator, num_steps=num_steps, images_per_step=settings.batch_size, log_every=settings.log_every
+        )
+        if self.pending_log:
+            self.log.load_state_dict(self.pending_log)
+        self.histories[stage] = self.log.history
+        guard = NonFiniteGuard(settings.max_nonfinite_steps)
+        # stage 2 goes on in the data where stage 1 ended
+        offset = settings.stage1_steps if stage == 2 else 0
+        batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)
+        batches.failures.reasons.update(self.failures)
+        self.failures = batches.failures.reasons
+        bar = tqdm(
+            batches,
+            f"stage {stage}",
+            total=num_steps,
+            initial=self.step,
+            disable=not accelerator.is_main_process,
+            leave=False,
+        )
+        for step, batch in enumerate(bar, start=self.step):
+            lr = cosine_schedule(
+                step,
+                num_steps=num_steps,
+                warmup_steps=settings.warmup_steps,
+                base_lr=settings.learning_rate,
+                final_lr=settings.final_learning_rate,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            losses = self.backward(stage, batch["pixel_values"], self.forcing(step))
+            is_finite = self.clip_gradients(stage)
+            # the fp16 scaler finds its scale by overflowing: it skips such a step itself, and counts it itself
+            if accelerator.scaler is not None or guard.check(step + 1, is_finite, batch["names"]):
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step = step + 1
+            if record := self.log.update(step + 1, losses, lr=lr):
+                accelerator.log(record, step=offset + step + 1)
+            last = self.step == num_steps
+            if settings.eval_every and (self.step % settings.eval_every == 0 or last):
+                metrics = self.evaluate(settings.eval_images)
+                self.evaluations.append({"stage": stage, "step": self.step, "r2": metrics["fidelity"]["r2"]})
+            if self.step % settings.checkpoint_every == 0 or last:
+                self.save(offset)
+
+    def forcing(self, step: int) -> float:
+        if self.settings.teacher_forcing == "anneal":
+            return teacher_forcing(step, self.settings.stage1_steps, self.settings.anneal_fraction)
+        return 1.0 if self.settings.teacher_forcing == "only" else 0.0
+
+    def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
+        """Gradients of one batch, in as many parts as they are accumulated over; the mean losses."""
+        accelerator, parts = self.accelerator, self.settings.gradient_accumulation_steps
+        blocks = None if self.settings.train_block is None else (self.settings.train_block,)
+        totals: dict[str, Tensor] = {}
+        for index, images in enumerate(pixel_values.to(accelerator.device, non_blocking=True).chunk(parts)):
+            with torch.no_grad(), accelerator.autocast():
+                states = self.teacher.trajectory(images)
+            with accelerator.no_sync(self.task) if index + 1 < parts else accelerator.autocast():
+                losses = self.task(states, stage=stage, forcing=forcing, blocks=blocks)
+                accelerator.backward(losses["loss"] / parts)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / parts
+        return totals
+
+    def clip_gradients(self, stage: int) -> bool:
+        """Clips, per block in stage 1, whose blocks are trained as if alone; whether all gradients are finite."""
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients(self.optimizer)
+        groups = [block_parameters(self.student, block) for block in range(self.student.config.num_blocks)]
+        if stage == 2:
+            groups = [sum(groups, [])]
+        norms = [nn.utils.clip_grad_norm_(group, self.settings.max_grad_norm) for group in groups]
+        return bool(torch.stack(norms).isfinite().all())
+
+    def save(self, offset: int) -> None:
+        """Writes a checkpoint; a collective operation."""
+        tensors, info = model_and_optimizer_tensors(self.task, self.optimizer, trainable_only=True)
+        rng_tensors, rng_info = gather_rng_state(self.accelerator)
+        log = self.log.state_dict()
+        if self.accelerator.is_main_process:
+            progress = {
+                "stage": self.stage,
+                "step": self.step,
+                "log": log,
+                "histories": {str(stage): history for stage, history in self.histories.items()},
+                "evaluations": self.evaluations,
+                "failures": self.failures,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            }
+            save_checkpoint(
+                self.folder / "checkpoints",
+                offset + self.step,
+                tensors | rng_tensors,
+                info | rng_info | {"progress": progress},
+                keep=self.settings.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Takes up the last checkpoint, if there is one."""
+        path = latest_checkpoint(self.folder / "checkpoints")
+        if path is None:
+            return
+        tensors, info = load_checkpoint(path)
+        load_model_and_optimizer(self.task, self.optimizer, tensors, info)
+        restore_rng_state(self.accelerator, tensors, info)
+        progress = info["progress"]
+        self.stage, self.step, self.pending_log = progress["stage"], progress["step"], progress["log"]
+        self.histories = {int(stage): history for stage, history in progress["histories"].items()}
+        self.evaluations, self.failures = progress["evaluations"], progress["failures"]
+        if progress["scaler"]:
+            self.accelerator.scaler.load_state_dict(progress["scaler"])
+        logger.info("resumed from %s", path)
+
+    @torch.no_grad()
+    def evaluate(self, limit: int | None) -> dict[str, Any]:
+        """Fidelity, agreement and accuracies on the test images; a collective operation."""
+        accelerator, teacher, student = self.accelerator, self.teacher, self.student
+        student.eval()
+        fidelity = FidelityAccumulator(
+            teacher.num_layers, teacher.num_registers, teacher.has_cls, hidden_size=teacher.hidden_size
+        )
+        scores = {name: TopKAccuracy(topk=(1,)) for name in ("agreement", "teacher_accuracy", "student_accuracy")}
+        for batch in self.test_batches(limit):
+            pixel_values = batch["pixel_values"].to(accelerator.device)
+            with accelerator.autocast():
+                teacher_states = teacher.trajectory(pixel_values)
+                hidden_states = student.base_model(pixel_values, output_hidden_states=True).hidden_states
+            student_states = torch.stack(hidden_states, dim=1)
+            fidelity.update(teacher_states, student_states)
+            if teacher.classifier is None:
+                continue
+            # the student's head is the teacher's
+            predicted, truth = teacher.logits(student_states[:, -1]), teacher.logits(teacher_states[:, -1])
+            scores["agreement"].update(predicted, truth.argmax(dim=1))
+            if "labels" in batch:
+                labels = batch["labels"].to(accelerator.device)
+                scores["teacher_accuracy"].update(truth, labels)
+                scores["student_accuracy"].update(predicted, labels)
+        for accumulator in (fidelity, *scores.values()):
+            accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
+        student.train()
+        has_head = teacher.classifier is not None
+        known = {name: has_head and (name == "agreement" or self.test_images.has_labels) for name in scores}
+        return {
+            "fidelity": fidelity.compute().to_dict()
+            | {name: score.compute()["accuracy"] if known[name] else None for name, score in scores.items()}
+        }
+
+    def test_batches(self, limit: int | None) -> Iterator[dict[str, Any]]:
+        accelerator, settings = self.accelerator, self.settings
+        batches = eval_loader(
+            self.test_images,
+            self.processor,
+            batch_size=settings.eval_batch_size,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            num_workers=settings.num_workers,
+            limit=limit,
+            max_failures=settings.max_decode_failures,
+        )
+        return tqdm(batches, "evaluation", disable=not accelerator.is_main_process, leave=False)
+
+
+def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> dict[str, Any]:
+    """What metrics.json says beside the fidelity."""
+    settings, teacher, student = run.settings, run.teacher, run.student.base_model
+    size = student.config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    image = torch.zeros(1, student.config.num_channels, height, width, device=run.accelerator.device)
+    trained = sum(log[-1]["step"] for log in run.histories.values() if log) * settings.batch_size
+    training_seconds = seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0)
+    return {
+        "teacher": {"name": settings.teacher, "revision": teacher.revision},
+        "phases": partition.phases if partition.is_contiguous else None,
+        "blocks": [list(layers) for layers in partition.blocks],
+        "parameters": {"teacher": teacher.num_parameters, "student": count_parameters(student)},
+        "macs": {"teacher": macs(teacher.model, image), "student": macs(student, image)},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "images_per_second": trained / training_seconds if training_seconds else None,
+        "unreadable_images": run.failures,
+        "evaluations": run.evaluations,
+        "seed": settings.seed,
+        **describe_environment(run.accelerator.device),
+    }
+
+
+def save_outputs(
+    run: Run, partition: Partition, metrics: dict[str, Any], weights: dict[str, Tensor], folder: Path
+) -> None:
+    """The model, its image processor, metrics.json and the figures."""
+    prefix = "student."
+    state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    not_finite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if not_finite:
+        raise RuntimeError(f"the student's weights are not finite in {not_finite[:5]}; nothing was saved")
+    student = run.student
+    student.eval()
+    student.save_pretrained(folder, state_dict=state)
+    RaptorImageProcessor.from_teacher(run.processor).save_pretrained(folder)
+    figures.plot_fidelity(metrics["fidelity"], partition, folder / "figures" / "fidelity.png")
+    figures.plot_losses(run.histories, folder / "figures" / "losses.png")
+    write_json(folder / "losses.json", {f"stage{stage}": history for stage, history in run.histories.items()})
+    write_json(folder / "metrics.json", metrics)
+
+
+def print_table(metrics: dict[str, Any]) -> None:
+    """The fidelity per layer and what it amounts to."""
+    fidelity, groups = metrics["fidelity"], metrics["fidelity"]["cosine"]
+    print(f"\n{'layer':>5} {'R2':>8} {'epsilon':>9} {'relative':>9}" + "".join(f" {'cos ' + g:>13}" for g in groups))
+    for index, r2 in enumerate(fidelity["r2"]):
+        cosines = "".join(f" {values[index]:13.4f}" if values else f" {'-':>13}" for values in groups.values())
+        epsilon, relative = fidelity["epsilon"][index], fidelity["relative_epsilon"][index]
+        print(f"{index + 1:>5} {r2:8.4f} {epsilon:9.3f} {relative:9.4f}{cosines}")
+    print(f"mean R2 {np.mean(fidelity['r2']):.4f}")
+    for name in ("agreement", "teacher_accuracy", "student_accuracy"):
+        if fidelity[name] is not None:
+            print(f"{name.replace('_', ' ')} {fidelity[name]:.2%}")
+    for name in ("parameters", "macs"):
+        teacher, student = metrics[name]["teacher"], metrics[name]["student"]
+        print(f"{name} {student:,} of the teacher's {teacher:,} ({student / teacher:.1%})")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command resumes from the last checkpoint") from None

@@ -1,0 +1,335 @@
+"""Train a small DINOv2 with registers to classify images: a teacher where no pretrained one fits or can be had.
+
+    accelerate launch --config_file training/accelerate/cpu.yaml training/train_teacher.py CONFIG.yaml
+    accelerate launch training/train_teacher.py training/configs/cifar10_teacher.yaml --batch_size 128
+
+Every setting is a key of the YAML file and a flag of the same name. The same command, given again, resumes from the
+last checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config
+file. The result loads with `AutoModelForImageClassification.from_pretrained`, without this package.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+from raptor_hf.checkpoint import resume_run, save_run
+from raptor_hf.data import ImageSet, augment, open_images
+from raptor_hf.loading import ImageLoader, eval_loader, train_loader
+from raptor_hf.metrics import TopKAccuracy
+from raptor_hf.recipe import (
+    IntervalLog,
+    NonFiniteGuard,
+    cosine_schedule,
+    describe_environment,
+    warn_if_single_thread,
+    write_json,
+)
+from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.teacher import count_parameters
+
+logger = logging.getLogger("train_teacher")
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Settings of a teacher's training; training/configs/ holds values that work."""
+
+    # the images
+    dataset: str
+    output_dir: str
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    # the model
+    image_size: int = 32
+    patch_size: int = 4
+    hidden_size: int = 192
+    num_layers: int = 12
+    num_heads: int = 3
+    mlp_ratio: int = 4
+    num_registers: int = 4
+    layerscale_value: float = 1.0
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    # the training
+    steps: int = 10_000
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 0.0
+    warmup_steps: int = 1000
+    beta2: float = 0.99
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    max_grad_norm: float = 1.0
+    # the augmentation
+    rotation_degrees: float = 0.0
+    translation: float = 0.0
+    max_scale: float = 1.0
+    horizontal_flip: bool = False
+    mixup_alpha: float = 0.0
+    # the machine
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    num_workers: int = 0
+    seed: int = 0
+    # the run
+    eval_every: int = 0
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_nonfinite_steps: int = 0
+    max_decode_failures: int = 100
+    tracker: str | None = None
+    override: bool = False
+
+    def __post_init__(self) -> None:
+        positive = {"image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "steps"}
+        positive |= {"batch_size", "learning_rate", "max_grad_norm", "log_every", "checkpoint_every"}
+        positive |= {"keep_checkpoints", "initializer_range"}
+        for name, value in settings_to_dict(self).items():
+            if isinstance(value, int | float) and (value < 0 or (value == 0 and name in positive)):
+                raise ValueError(f"{name} is {value}; it must be {'above' if name in positive else 'at least'} 0")
+        for name in ("drop_path_rate", "beta2", "label_smoothing"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1")
+        if self.max_scale < 1:
+            raise ValueError(f"max_scale is {self.max_scale}; it must be at least 1 (images shrink by it, too)")
+        for name, divisor in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
+            if getattr(self, name) % (value := getattr(self, divisor)):
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of {divisor}, {value}")
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below steps, {self.steps}")
+
+
+def main() -> None:
+    settings = parse_settings(TeacherSettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    folder = Path(settings.output_dir)
+    with user_errors():
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=settings.tracker,
+            project_dir=str(folder / "logs") if settings.tracker else None,
+        )
+        warn_if_single_thread(logger, accelerator)
+        train_images, test_images, class_names = open_inputs(settings, accelerator)
+        side, half = settings.image_size, [0.5, 0.5, 0.5]
+        crop = {"height": side, "width": side}
+        processor = BitImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_mean=half, image_std=half)
+        share = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
+        share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+        share |= {"max_failures": settings.max_decode_failures}
+        batches = partial(train_loader, train_images, processor, seed=settings.seed, num_steps=settings.steps, **share)
+        test_batches = eval_loader(test_images, processor, **share)
+        set_seed(settings.seed)
+        model = make_model(settings, class_names)
+        if accelerator.is_main_process:
+            # weights and Adam's two moments in the checkpoints, in the one being written, and the model itself
+            needed_bytes = 12 * model.num_parameters() * (settings.keep_checkpoints + 2) + 10_000_000
+            prepare_output_dir(folder, settings, override=settings.override, needed_bytes=needed_bytes)
+        accelerator.wait_for_everyone()
+    if settings.tracker:
+        accelerator.init_trackers("train_teacher", config={k: str(v) for k, v in settings_to_dict(settings).items()})
+    # every process has the same weights now, and is to draw augmentations of its own
+    set_seed(settings.seed + 1, device_specific=True)
+    model, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
+
+    progress = train(settings, accelerator, model, optimizer, batches, test_batches)
+    weights = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        if not_finite := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+            raise RuntimeError(f"the weights are not finite in {not_finite[:5]}; nothing was saved")
+        model = accelerator.unwrap_model(model)
+        model.save_pretrained(folder, state_dict=weights)
+        processor.save_pretrained(folder)
+        seconds = progress["log"]["seconds"]  # of the loop, evaluations included
+        metrics = {
+            "accuracy": progress["evaluations"][-1]["accuracy"],
+            "evaluations": progress["evaluations"],
+            "parameters": count_parameters(model),
+            "seconds": round(seconds, 3),
+            "images_per_second": settings.steps * settings.batch_size / seconds,
+            "unreadable_images": progress["failures"],
+            "seed": settings.seed,
+            **describe_environment(accelerator.device),
+        }
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "losses.json", progress["log"]["history"])
+        plot_training(progress, folder / "figures" / "training.png")
+        print(f"test accuracy {metrics['accuracy']:.2%} with {metrics['parameters']:,} parameters, saved to {folder}")
+    accelerator.end_training()
+
+
+def train(
+    settings: TeacherSettings,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: partial[ImageLoader],
+    test_batches: ImageLoader,
+) -> dict[str, Any]:
+    """Takes all steps, from where the run is; returns the progress that the last checkpoint holds."""
+    folder, num_steps, batch_size = Path(settings.output_dir) / "checkpoints", settings.steps, settings.batch_size
+    num_classes = accelerator.unwrap_model(model).config.num_labels
+    log = IntervalLog(accelerator, num_steps=num_steps, images_per_step=batch_size, log_every=settings.log_every)
+    guard = NonFiniteGuard(settings.max_nonfinite_steps)
+    progress = resume_run(folder, accelerator, model, optimizer) or {"step": 0, "evaluations": [], "failures": {}}
+    if progress["step"]:
+        log.load_state_dict(progress["log"])
+    first, evaluations = progress["step"] + 1, progress["evaluations"]
+    loader = batches(start_step=progress["step"])
+    loader.failures.reasons.update(progress["failures"])
+    bar = tqdm(loader, "steps", num_steps, initial=first - 1, disable=not accelerator.is_main_process, leave=False)
+    for step, batch in enumerate(bar, start=first):
+        lr = cosine_schedule(
+            step - 1,
+            num_steps=num_steps,
+            warmup_steps=settings.warmup_steps,
+            base_lr=settings.learning_rate,
+            final_lr=settings.final_learning_rate,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        images, labels = (batch[name].to(accelerator.device, non_blocking=True) for name in ("pixel_values", "labels"))
+        images = augment(
+            images,
+            torch.default_generator,  # checkpoints hold its state
+            rotation_degrees=settings.rotation_degrees,
+            translation=settings.translation,
+            scale=(1 / settings.max_scale, settings.max_scale),
+            horizontal_flip=settings.horizontal_flip,
+        )
+        images, targets = mixup(images, F.one_hot(labels, num_classes).float(), settings.mixup_alpha)
+        loss = F.cross_entropy(model(images).logits, targets, label_smoothing=settings.label_smoothing)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        # the fp16 scaler finds its scale by overflowing: it skips such a step itself
+        if accelerator.scaler is not None or guard.check(step, bool(norm.isfinite()), batch["names"]):
+            optimizer.step()
+        optimizer.zero_grad()
+        if record := log.update(step, {"loss": loss}, lr=lr):
+            accelerator.log(record, step=step)
+        if step == num_steps or (settings.eval_every and step % settings.eval_every == 0):
+            evaluations.append({"step": step, "accuracy": evaluate(accelerator, model, test_batches)})
+            accelerator.log(evaluations[-1], step=step)
+        if step == num_steps or step % settings.checkpoint_every == 0:
+            progress = {"step": step, "evaluations": evaluations, "failures": loader.failures.reasons}
+            progress["log"] = log.state_dict()
+            save_run(folder, step, accelerator, model, optimizer, progress, keep=settings.keep_checkpoints)
+    return progress
+
+
+def open_inputs(settings: TeacherSettings, accelerator: Accelerator) -> tuple[ImageSet, ImageSet, list[str]]:
+    """Training images, test images and the names of their classes, checked before any work starts."""
+    sources = {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
+    columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+    splits = (settings.train_split, settings.test_split)
+    # one process prepares the data set, the others find it in the cache
+    with accelerator.main_process_first():
+        opened = [open_images(settings.dataset, split, **sources, **columns) for split in splits]
+    for images in opened:
+        if not images.has_labels:
+            raise ValueError(f"{images.title} has no class labels; name their column with label_column")
+    labels = {label for images in opened for label in images.dataset.unique(images.label_column)}
+    labels -= {None}  # an image without a label counts as unreadable
+    names = opened[0].class_names or [str(label) for label in range(max(labels) + 1)]
+    if min(labels) < 0 or max(labels) >= len(names):
+        raise ValueError(
+            f"the labels of {opened[0].title} or {opened[1].title} run from {min(labels)} to {max(labels)}, but there "
+            f"are {len(names)} classes, counted from 0; choose other splits or another label_column"
+        )
+    return *opened, names
+
+
+def make_model(settings: TeacherSettings, class_names: list[str]) -> Dinov2WithRegistersForImageClassification:
+    """The classifier, initialised; trainable is what its forward pass uses."""
+    config = Dinov2WithRegistersConfig(
+        image_size=settings.image_size,
+        patch_size=settings.patch_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        mlp_ratio=settings.mlp_ratio,
+        num_register_tokens=settings.num_registers,
+        layerscale_value=settings.layerscale_value,
+        drop_path_rate=settings.drop_path_rate,  # the same in every layer
+        initializer_range=settings.initializer_range,
+        id2label=dict(enumerate(class_names)),
+        label2id={name: label for label, name in enumerate(class_names)},
+    )
+    model = Dinov2WithRegistersForImageClassification(config)
+    embeddings = model.base_model.embeddings
+    # transformers starts the registers at zero; as they have no positions, equal ones would stay equal for ever
+    nn.init.trunc_normal_(embeddings.register_tokens, std=settings.initializer_range)
+    # no image is masked here, and training on several GPUs stops at a parameter that gets no gradient
+    embeddings.mask_token.requires_grad_(False)
+    return model
+
+
+def make_optimizer(model: nn.Module, settings: TeacherSettings) -> torch.optim.AdamW:
+    """AdamW that decays the matrices and the patch projection, but no token, position, norm, LayerScale or bias."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim in (2, 4)], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trainable if p.ndim not in (2, 4)], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, settings.beta2))
+
+
+def mixup(images: Tensor, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """
+    Mixes images, (B, 3, H, W), and class probabilities, (B, C), with those of the mirrored place in the batch, which is
+    in random order already, by weights from Beta(alpha, alpha) (arXiv 1710.09412); alpha 0 leaves them as they are.
+    """
+    if alpha == 0:
+        return images, targets
+    weight = torch.distributions.Beta(alpha, alpha).sample((len(images), 1)).to(images.device)
+    targets = weight * targets + (1 - weight) * targets.flip(0)
+    weight = weight[:, :, None, None]
+    return weight * images + (1 - weight) * images.flip(0), targets
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, batches: ImageLoader) -> float:
+    """Accuracy on the test images; a collective operation that draws no random number."""
+    score = TopKAccuracy(topk=(1,))
+    model.eval()
+    for batch in batches:
+        score.update(model(batch["pixel_values"].to(accelerator.device)).logits, batch["labels"].to(accelerator.device))
+    model.train()
+    score.load_sums(accelerator.reduce(score.sums().to(accelerator.device), reduction="sum"))
+    return score.compute()["accuracy"]
+
+
+def plot_training(progress: dict[str, Any], path: Path) -> None:
+    """Training loss and test accuracy over the steps."""
+    figure = Figure(figsize=(7.0, 5.0), layout="constrained")
+    curves = {"loss": progress["log"]["history"], "accuracy": progress["evaluations"]}
+    for axes, (name, records) in zip(figure.subplots(2, 1, sharex=True), curves.items(), strict=True):
+        axes.plot([record["step"] for record in records], [record[name] for record in records], ".-", color="black")
+        axes.set(xlabel="optimizer step", ylabel="training loss" if name == "loss" else "test accuracy")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.label_outer()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command resumes from the last checkpoint") from None
