@@ -26,7 +26,6 @@ from .modeling_raptor import (
     RaptorPreTrainedModel,
 )
 
-
 __version__ = "0.1.0"
 
 AutoConfig.register("raptor", RaptorConfig, exist_ok=True)

@@ -486,5 +486,6 @@ def resume_run(
     restore_rng_state(accelerator, tensors, info)
     if info["scaler"] and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(info["scaler"])
-    logger.info("resumed from %s", path)
+    if accelerator.is_main_process:
+        logger.info("resumed from %s", path)
     return info["progress"]

@@ -7,7 +7,6 @@ from huggingface_hub.dataclasses import strict
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
-
 FFN_TYPES = ("mlp", "swiglu")
 DEPTH_CONDITIONINGS = ("none", "scale", "embedding", "low_rank")
 EMBEDDING_TYPES = ("dinov2_with_registers", "dinov2")
@@ -57,7 +56,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 12):
             Attention heads per block.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
-            `"mlp"`: linear, `hidden_act`, linear. `"swiglu"`: silu(first half) * second half of one linear, then linear.
+            `"mlp"`: linear, `hidden_act`, linear. `"swiglu"`: silu(first half) * second half of a linear, then linear.
         intermediate_size (`int`, *optional*):
             Inner width of the FFN (of each of the two halves for `"swiglu"`). Defaults to 4 * `hidden_size`.
         depth_conditioning (`str`, *optional*, defaults to `"none"`):
@@ -250,8 +249,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def for_segmentation(self) -> "RaptorConfig":
         """
-        A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, it is the
-        original again.
+        A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, it is
+        the original again.
         """
         config = copy.copy(self)
         config._classifier_labels = {"id2label": self.id2label, "label2id": self.label2id}

@@ -1,8 +1,8 @@
 """Distilling a trajectory into recurrent blocks: losses, schedules and the two stages (section 4 of the paper).
 
 Stage 1 trains every block from the teacher's state at the start of its phase, by teacher forcing annealed to
-autoregression; given the trajectory the blocks are independent, so one teacher pass feeds all of them. Stage 2 trains all
-blocks together, autoregressively through all L steps:
+autoregression; given the trajectory the blocks are independent, so one teacher pass feeds all of them. Stage 2 trains
+all blocks together, autoregressively through all L steps:
 
     task = DistillationTask(student, TrajectoryLoss(weights, ...), ...)
     states = teacher.trajectory(pixel_values)                                # (B, L + 1, T, D)
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .metrics import Accumulator
 from .modeling_raptor import RaptorModel, RaptorPreTrainedModel
-
 
 TOKEN_GROUPS = ("cls", "registers", "patches")
 
@@ -65,8 +64,8 @@ class TrajectoryLoss:
     Args:
         kind: "mse", or "frobenius": the norm of the error of each image, averaged over images.
         num_registers: R, to tell the token groups apart.
-        layer_scale: (L + 1,), what the error of each layer is divided by: the teacher's standard deviation in that layer
-            for a normalised loss; `None` for none.
+        layer_scale: (L + 1,), what the error of each layer is divided by: the teacher's standard deviation in that
+            layer for a normalised loss; `None` for none.
 
     Raises:
         ValueError: unknown `kind`.
@@ -125,8 +124,8 @@ class DistillationTask(nn.Module):
     Args:
         student: the model whose blocks are trained.
         loss: of one step.
-        stage1_weights: token-group weights of the last block in stage 1; inner blocks weigh all tokens alike. `None`: the
-            last block too.
+        stage1_weights: token-group weights of the last block in stage 1; inner blocks weigh all tokens alike. `None`:
+            the last block too.
         stage2_weights: token-group weights of every step in stage 2; `None` for all tokens alike.
         horizon: steps after which stage 2 starts again from the teacher's state; `None` for all L.
         input_noise: standard deviation of the Gaussian noise on the states that blocks start from, relative to the root

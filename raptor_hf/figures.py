@@ -62,7 +62,7 @@ def plot_phases(
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.03 if partition.is_contiguous else 0.09)
     bar.outline.set_visible(False)
     if path is not None:
-        figure.savefig(path, dpi=200)
+        figure.savefig(path, dpi=200, bbox_inches="tight")
     return figure
 
 
@@ -72,7 +72,8 @@ def plot_fidelity(
     path: str | os.PathLike[str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Draws how near a student is to its teacher, layer by layer: R^2 and cosine above, relative error below.
+    """Draws how near a student is to its teacher, layer by layer: R^2 and cosine above; below, the relative error
+    ||student - teacher|| / ||teacher||.
 
     Args:
         fidelity: as in metrics.json: "r2" and "relative_epsilon", L numbers each, and "cosine" by token group.
@@ -91,7 +92,7 @@ def plot_fidelity(
     upper.set_ylabel("student against teacher")
     upper.legend(frameon=False, fontsize=9)
     lower.plot(layers, fidelity["relative_epsilon"], "o-", color="crimson")
-    lower.set(xlabel="layer", ylabel="relative error\n‖student \N{MINUS SIGN} teacher‖ / ‖teacher‖")
+    lower.set(xlabel="layer", ylabel="relative error")
     lower.set_ylim(bottom=0)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=16, min_n_ticks=1))
     for axes in (upper, lower):
@@ -100,11 +101,13 @@ def plot_fidelity(
             axes.axvline(boundary + 0.5, color="0.6", linewidth=1, linestyle=":", zorder=0)
     figure.suptitle(title or "")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure
 
 
-def plot_losses(histories: Mapping[int, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str] | None = None) -> Figure:
+def plot_losses(
+    histories: Mapping[int, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str] | None = None
+) -> Figure:
     """Draws the loss curves of the stages side by side, on a logarithmic scale, with the learning rate below.
 
     Args:
@@ -127,7 +130,7 @@ def plot_losses(histories: Mapping[int, Sequence[Mapping[str, Any]]], path: str 
         for axes in (upper, lower):
             axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure
 
 

@@ -1,7 +1,7 @@
 """Raptor: a Vision Transformer rewritten as a few blocks applied again and again (arXiv 2512.19941).
 
-The patch embeddings and the final LayerNorm are those of the teacher; between them, step l of L applies the block of its
-phase. `hidden_states[0]` is the embedding, `hidden_states[l]` the state after step l, before the final LayerNorm.
+The patch embeddings and the final LayerNorm are those of the teacher; between them, step l of L applies the block of
+its phase. `hidden_states[0]` is the embedding, `hidden_states[l]` the state after step l, before the final LayerNorm.
 """
 
 import math
@@ -31,7 +31,6 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_raptor import RaptorConfig, as_pair
-
 
 CODE_FILES = ("configuration_raptor.py", "modeling_raptor.py", "image_processing_raptor.py")
 
@@ -67,7 +66,7 @@ class RaptorPatchEmbeddings(nn.Module):
 
 
 class RaptorEmbeddings(nn.Module):
-    """The teacher's embeddings: images (B, C, H, W) to tokens (B, 1 + R + P, D), in the order cls, registers, patches."""
+    """The teacher's embeddings: images (B, C, H, W) to tokens (B, 1 + R + P, D), ordered cls, registers, patches."""
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
@@ -120,7 +119,8 @@ class StepModulation(NamedTuple):
     input_shift, attention_gain, ffn_gain, output_gain: (D,), added to the input, multiplied onto branches and output.
     norm1_gain ... norm2_shift: (D,), the norms become norm(x) * weight * (1 + gain) + bias + shift.
     layer_scale1_gain, layer_scale2_gain: (D,), LayerScale becomes gamma * (1 + gain).
-    qkv_up, qkv_down: (3D, r) and (r, D); their product is added to the QKV weight. ffn_up, ffn_down: same, first FFN one.
+    qkv_up, qkv_down: (3D, r) and (r, D); their product is added to the QKV weight.
+    ffn_up, ffn_down: the same for the first projection of the FFN.
     """
 
     input_shift: torch.Tensor | None = None
@@ -150,7 +150,7 @@ class NoConditioner(nn.Module):
 
 
 class ScaleConditioner(nn.Module):
-    """`"scale"`, the research code's: S = W2 SiLU(W1 z + b1) + b2 + 1 for depth index z, split in three gains of width D."""
+    """`"scale"`, the research code's: S = W2 SiLU(W1 z + b1) + b2 + 1 for depth index z, split in three gains, (D,)."""
 
     hidden_size = 16
     init_std = 1e-4
@@ -264,9 +264,14 @@ class RaptorLinear(nn.Linear):
     def forward(
         self, hidden_states: torch.Tensor, up: torch.Tensor | None = None, down: torch.Tensor | None = None
     ) -> torch.Tensor:
-        # merged into the weight: cheaper than two thin products as soon as there are more tokens than a few hundred
-        weight = self.weight if up is None else torch.addmm(self.weight, up, down)
-        return nn.functional.linear(hidden_states, weight, self.bias)
+        if up is None:
+            return nn.functional.linear(hidden_states, self.weight, self.bias)
+        if self.training:
+            # merged into the weight: one product for a whole batch, and one gradient for all three factors
+            return nn.functional.linear(hidden_states, torch.addmm(self.weight, up, down), self.bias)
+        # two thin products: cheaper for the few tokens of a small batch
+        thin = nn.functional.linear(nn.functional.linear(hidden_states, down), up)
+        return nn.functional.linear(hidden_states, self.weight, self.bias) + thin
 
 
 class RaptorLayerNorm(nn.LayerNorm):
@@ -323,7 +328,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, in transformers' attention interface: heads (B, heads, T, D / heads) to (B, T, heads, ...)."""
+    """Attention written out, for transformers' attention interface: (B, heads, T, D / heads) to (B, T, heads, ...)."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     weights = nn.functional.softmax(weights, dim=-1)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -632,8 +637,8 @@ class RaptorModel(RaptorPreTrainedModel):
                 Other step counts for the same blocks, their depth indices spread evenly over each phase.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D) its
-            cls token; on request `hidden_states`, one more than there are steps, before the final LayerNorm, and
+            `BaseModelOutputWithPooling`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D)
+            its cls token; on request `hidden_states`, one more than there are steps, before the final LayerNorm, and
             `attentions`, one per step.
         """
         encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)
@@ -681,8 +686,8 @@ class RaptorBackbone(BackboneMixin, RaptorPreTrainedModel):
             block_repeats (`tuple[int, ...]`, *optional*): as in [`RaptorModel.forward`].
 
         Returns:
-            `BackboneOutput`: `feature_maps`, one per entry of `out_features`, (B, D, H / patch, W / patch), or (B, T, D)
-            with `reshape_hidden_states=False`.
+            `BackboneOutput`: `feature_maps`, one per entry of `out_features`, (B, D, H / patch, W / patch), or
+            (B, T, D) with `reshape_hidden_states=False`.
         """
         kwargs["output_hidden_states"] = True
         encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)

@@ -183,6 +183,13 @@ def test_dinov2_to_student_and_back_is_the_same_weights(family, swiglu, num_labe
         assert torch.equal(back.state_dict()[name], expected), name
 
 
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 5])
+def test_swiglu_widths_that_dinov2_rounds_up_survive_unrolling(ratio):
+    teacher = tiny_dinov2(use_swiglu_ffn=True, mlp_ratio=ratio, hidden_size=20, num_attention_heads=2)
+    student = student_from_teacher(teacher, UNTIED, init="first", layerscale_value=1)
+    assert to_dinov2(student).config.mlp_ratio == ratio
+
+
 @pytest.mark.parametrize("conditioning", ["none", "low_rank"])
 @pytest.mark.parametrize("ffn", [{}, {"ffn_type": "swiglu"}, {"intermediate_size": 2 * DIM}])
 def test_unrolled_student_is_the_student(conditioning, ffn):
@@ -196,7 +203,15 @@ def test_unrolled_student_is_the_student(conditioning, ffn):
     assert all(same) if conditioning == "none" else not all(same)
 
 
-def test_unrolled_student_keeps_its_precision_and_leaves_the_student_as_it_was():
+def test_unrolling_leaves_the_student_as_it_was():
+    student = tiny_student(depth_conditioning="low_rank")
+    before = copy.deepcopy(student.state_dict())
+    randomize(to_dinov2(student), seed=9)
+    for name, weight in student.state_dict().items():
+        assert weight.dtype == torch.float32 and torch.equal(weight, before[name])
+
+
+def test_unrolled_student_keeps_its_precision():
     student = tiny_student(depth_conditioning="low_rank").double()
     unrolled = to_dinov2(student)
     assert unrolled.dtype == student.dtype == torch.float64

@@ -51,7 +51,16 @@ def accuracy(folder: Path, split: str = "test") -> float:
 
 
 def test_trained_folder_loads_in_transformers_and_is_as_accurate_as_it_says(tmp_path, monkeypatch):
-    run(monkeypatch, tmp_path, steps=60, learning_rate=5e-3, initializer_range=0.1, log_every=20, eval_every=40)
+    run(
+        monkeypatch,
+        tmp_path,
+        steps=60,
+        hidden_size=32,
+        learning_rate=0.01,
+        initializer_range=0.1,
+        log_every=20,
+        eval_every=40,
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [entry["step"] for entry in metrics["evaluations"]] == [40, 60]
     assert metrics["accuracy"] == metrics["evaluations"][-1]["accuracy"] == pytest.approx(accuracy(tmp_path))

@@ -3,8 +3,8 @@
     accelerate launch --config_file training/accelerate/cpu.yaml training/distill.py training/configs/digits_k3.yaml
     accelerate launch training/distill.py training/configs/dinov2_vitb14_k3.yaml --batch_size 128 --output_dir runs/k3
 
-Every setting is a key of the YAML file and a flag of the same name. The same command, given again, resumes from the last
-checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config file.
+Every setting is a key of the YAML file and a flag of the same name. The same command, given again, resumes from the
+last checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config.
 """
 
 import functools
@@ -56,7 +56,6 @@ from raptor_hf.recipe import (
 )
 from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
-
 
 logger = logging.getLogger("distill")
 
@@ -189,7 +188,9 @@ def main() -> None:
     task = DistillationTask(
         student,
         TrajectoryLoss(
-            settings.loss, teacher.num_registers, variance.sqrt().to(accelerator.device) if variance is not None else None
+            settings.loss,
+            teacher.num_registers,
+            variance.sqrt().to(accelerator.device) if variance is not None else None,
         ),
         stage1_weights=(settings.stage1_weights or [0.34, 0.33, 0.33]) if settings.cls_weighting else None,
         stage2_weights=(settings.stage2_weights or [0.45, 0.10, 0.45]) if settings.cls_weighting else None,
@@ -221,9 +222,7 @@ def main() -> None:
     accelerator.end_training()
 
 
-def open_inputs(
-    settings: DistillSettings, accelerator: Accelerator
-) -> tuple[Teacher, Any, ImageSet, ImageSet]:
+def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Teacher, Any, ImageSet, ImageSet]:
     """Everything that can be wrong with teacher and images, before any work starts."""
     dtype = getattr(torch, settings.teacher_dtype)
     teacher = load_teacher(settings.teacher, revision=settings.teacher_revision, dtype=dtype, device=accelerator.device)
@@ -246,7 +245,8 @@ def open_inputs(
         )
     if settings.eval_batch_size % accelerator.num_processes:
         raise ValueError(
-            f"eval_batch_size is {settings.eval_batch_size}; it must be a multiple of {accelerator.num_processes} processes"
+            f"eval_batch_size is {settings.eval_batch_size}; "
+            f"it must be a multiple of {accelerator.num_processes} processes"
         )
     processor = load_image_processor(settings.teacher, settings.teacher_revision)
     check_image_size(processor, teacher.patch_size)
@@ -580,7 +580,7 @@ class Run:
 
 def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> dict[str, Any]:
     """What metrics.json says beside the fidelity."""
-    settings, teacher, student = run.settings, run.teacher, run.student.base_model
+    settings, teacher, student = run.settings, run.teacher, run.student.base_model.eval()
     size = student.config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     image = torch.zeros(1, student.config.num_channels, height, width, device=run.accelerator.device)
