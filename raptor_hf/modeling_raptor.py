@@ -637,8 +637,8 @@ class RaptorModel(RaptorPreTrainedModel):
                 Other step counts for the same blocks, their depth indices spread evenly over each phase.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D)
-            its cls token; on request `hidden_states`, one more than there are steps, before the final LayerNorm, and
+            `BaseModelOutputWithPooling`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output`
+            (B, D) its cls token; on request `hidden_states`, one more than there are steps, before the final norm, and
             `attentions`, one per step.
         """
         encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)

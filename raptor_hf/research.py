@@ -178,9 +178,9 @@ def _load(module: torch.nn.Module, weights: Mapping[str, Tensor], names: Mapping
 
 
 def _tensors(module: PickledModule, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """What `nn.Module.state_dict` would give, read from the attributes alone."""
+    """The parameters under the names of `nn.Module.state_dict`, read from attributes alone; there are no buffers."""
     state: dict[str, Any] = vars(module)
-    for name, tensor in (state.get("_parameters", {}) | state.get("_buffers", {})).items():
+    for name, tensor in state.get("_parameters", {}).items():
         if tensor is not None:
             yield prefix + name, tensor.detach()
     for name, child in state.get("_modules", {}).items():

@@ -40,7 +40,6 @@ from raptor_hf.loading import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import (
     Partition,
-    SimilarityAccumulator,
     boundary_stability,
     find_phases,
     random_contiguous,
@@ -55,6 +54,7 @@ from raptor_hf.recipe import (
     write_json,
 )
 from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 
 logger = logging.getLogger("distill")

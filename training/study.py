@@ -1,0 +1,409 @@
+"""Compare variants of a distillation over seeds: run what is missing, then write a table, a figure and the numbers.
+
+    python training/study.py training/configs/study_digits_ladder.yaml --jobs 2
+
+A variant is a name followed by flags of distill.py, which is run once for every variant and seed. Given again, the same
+command does not repeat the runs that have finished, and resumes an interrupted one from its last checkpoint. What a study
+costs and gives stands in its config file.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distill import DistillSettings
+
+from raptor_hf import figures
+from raptor_hf.checkpoint import write_text_atomically
+from raptor_hf.recipe import write_json
+from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+
+logger = logging.getLogger("study")
+
+NOT_COMPARED = ("output_dir", "seed", "override")
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a study."""
+
+    title: str
+    base: str  # configuration of distill.py
+    variants: list[str]  # each "name --flag value ..."
+    output_dir: str  # of the table, the figure and the numbers
+    runs_dir: str  # of the students
+    figure: Literal["ladder", "convergence", "trade_off"]
+    common_flags: str = ""  # of all variants
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    published: list[float] | None = None  # one per variant
+    published_name: str = "published"
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise ValueError(f"jobs is {self.jobs}; it must be at least 1")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds is {self.seeds}; it must hold at least one seed, each once")
+        slugs = [slug(name) for name, _ in split_variants(self.variants)]
+        if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
+            raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
+        if self.published is not None and len(self.published) != len(self.variants):
+            raise ValueError(
+                f"published has {len(self.published)} numbers; it must have one per variant, {len(self.variants)}"
+            )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of distill.py."""
+
+    variant: str
+    seed: int
+    settings: DistillSettings
+    command: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "metrics.json").exists()
+
+
+def main() -> None:
+    settings = parse_settings(StudySettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    with user_errors():
+        runs = plan_runs(settings)
+        for run in runs:  # refuses folders that hold runs of other settings
+            prepare_output_dir(run.folder, run.settings)
+        output_dir = Path(settings.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    failed = run_all(runs, settings.jobs)
+    records = [record_of(run, settings.base) for run in runs if run.is_done]
+    if records:
+        write_results(settings, records, output_dir, command_line(sys.argv[1:]))
+        print(f"saved to {output_dir}: results.json, table.md and figure.png")
+    if failed:
+        names = "; ".join(f"{run.variant}, seed {run.seed}" for run in failed)
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: {names}")
+
+
+def split_variants(variants: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names and flags of the variants."""
+    pairs = []
+    for text in variants:
+        name, separator, flags = text.partition(" --")
+        pairs.append((name.strip(), shlex.split(separator + flags)))
+    return pairs
+
+
+def slug(name: str) -> str:
+    """A name as that of a folder: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def plan_runs(settings: StudySettings) -> list[PlannedRun]:
+    """All runs, with their settings checked by distill.py's own rules.
+
+    Raises:
+        ValueError: a flag or value that distill.py refuses.
+    """
+    runs = []
+    for name, flags in split_variants(settings.variants):
+        for seed in settings.seeds:
+            folder = Path(settings.runs_dir) / slug(name) / f"seed-{seed}"
+            arguments = [settings.base, *shlex.split(settings.common_flags), *flags]
+            arguments += ["--seed", str(seed), "--output_dir", folder.as_posix()]
+            try:
+                parsed = parse_settings(DistillSettings, arguments, exit_on_error=False)
+            except ValueError as error:
+                raise ValueError(f"variant {name!r}: {error}") from error
+            command = [sys.executable, str(Path(__file__).with_name("distill.py")), *arguments]
+            runs.append(PlannedRun(name, seed, parsed, command))
+    return runs
+
+
+def run_all(runs: Sequence[PlannedRun], jobs: int) -> list[PlannedRun]:
+    """Runs what is not done, some at a time with an equal share of the cores; those that failed."""
+    missing = [run for run in runs if not run.is_done]
+    logger.info("%d of %d runs to do, %d at a time", len(missing), len(runs), jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    failed, began = [], time.perf_counter()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(run_one, run, environment): run for run in missing}
+        for number, future in enumerate(as_completed(futures), start=1):
+            run, status = futures[future], future.result()
+            log = log_file(run)
+            outcome = "done" if status == 0 else f"FAILED with status {status}, the end of {log}:\n{tail(log)}"
+            minutes = (time.perf_counter() - began) / 60
+            logger.info(
+                "%d/%d | %.1f min | %s, seed %d: %s", number, len(missing), minutes, run.variant, run.seed, outcome
+            )
+            if status != 0:
+                failed.append(run)
+    finally:
+        pool.shutdown(cancel_futures=True)  # on an interrupt nothing new is started
+    return failed
+
+
+def run_one(run: PlannedRun, environment: dict[str, str]) -> int:
+    """The exit status of one run, whose output goes to its log."""
+    with log_file(run).open("w", encoding="utf-8") as log:
+        status = subprocess.run(run.command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    return status if status or run.is_done else 1
+
+
+def log_file(run: PlannedRun) -> Path:
+    return run.folder / "log.txt"
+
+
+def tail(path: Path, num_lines: int = 15) -> str:
+    """The last lines of a log, without the states that progress bars overwrote."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lasting = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+    return "\n".join("    " + line for line in [line for line in lasting if line.strip()][-num_lines:])
+
+
+def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
+    """What matters of one finished run."""
+    metrics = read_json(run.folder / "metrics.json")
+    fidelity, seconds, settings = metrics["fidelity"], metrics["seconds"], run.settings
+    base_settings = settings_to_dict(parse_settings(DistillSettings, [base], exit_on_error=False))
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "overrides": {
+            name: value
+            for name, value in settings_to_dict(settings).items()
+            if name not in NOT_COMPARED and value != base_settings[name]
+        },
+        "r2_last": fidelity["r2"][-1],
+        "r2_mean": statistics.fmean(fidelity["r2"]),
+        **{name: fidelity[name] for name in ("agreement", "student_accuracy", "teacher_accuracy")},
+        "parameters": metrics["parameters"],
+        "macs": metrics["macs"],
+        "training_steps": settings.stage1_steps + settings.stage2_steps,
+        "training_seconds": seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
+        "evaluations": [
+            {
+                # steps of both stages, as the figure counts them
+                "step": entry["step"] + (settings.stage1_steps if entry["stage"] == 2 else 0),
+                "r2_last": entry["r2"][-1],
+                "r2_mean": statistics.fmean(entry["r2"]),
+            }
+            for entry in metrics["evaluations"]
+        ],
+        "device": metrics["device"],
+        "versions": metrics["versions"],
+    }
+
+
+def write_results(settings: StudySettings, records: Sequence[dict[str, Any]], output_dir: Path, command: str) -> None:
+    """results.json, table.md and figure.png."""
+    write_json(
+        output_dir / "results.json",
+        {
+            "title": settings.title,
+            "command": command,
+            "base": settings.base,
+            "common_flags": settings.common_flags,
+            "published": settings.published,
+            "published_name": settings.published_name if settings.published else None,
+            "runs": records,
+        },
+    )
+    variants = by_variant(records)
+    figure = output_dir / "figure.png"
+    if settings.figure == "ladder":
+        caption = ladder_caption(variants)
+        scores = {
+            name: {
+                key: [record[key] for record in runs] for key in ("r2_last", "r2_mean", "agreement", "student_accuracy")
+            }
+            for name, runs in variants.items()
+        }
+        figures.plot_ladder(scores, figure, teacher_accuracy=records[0]["teacher_accuracy"])
+    elif settings.figure == "convergence":
+        caption = convergence_caption(variants)
+        figures.plot_convergence(
+            {name: [run["evaluations"] for run in runs] for name, runs in variants.items()}, figure
+        )
+    else:
+        caption = trade_off_caption(variants)
+        figures.plot_trade_off(
+            series_of(variants), records[0]["parameters"]["teacher"], records[0]["macs"]["teacher"], figure
+        )
+    write_text_atomically(output_dir / "table.md", table(settings, variants, command, caption))
+
+
+def by_variant(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    variants: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        variants.setdefault(record["variant"], []).append(record)
+    return variants
+
+
+def series_of(variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The points of a trade-off figure: a variant "series, label" is one of its series."""
+    series: dict[str, list[dict[str, Any]]] = {}
+    for name, runs in variants.items():
+        line, _, label = name.rpartition(", ")
+        point = {key: [run[key] for run in runs] for key in ("r2_last", "r2_mean")}
+        point |= {key: runs[0][key]["student"] for key in ("parameters", "macs")}
+        series.setdefault(line, []).append({"label": label, **point})
+    return series
+
+
+def table(settings: StudySettings, variants: dict[str, list[dict[str, Any]]], command: str, caption: str) -> str:
+    """The Markdown page: how the numbers were made, the numbers, what they say."""
+    records = [run for runs in variants.values() for run in runs]
+    teacher_accuracy = records[0]["teacher_accuracy"]
+    devices = sorted({run["device"] for run in records})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
+    seeds = ", ".join(map(str, settings.seeds))
+    columns = {
+        "R² last layer": [measured(runs, "r2_last", digits=3) for runs in variants.values()],
+        "R² mean": [measured(runs, "r2_mean", digits=3) for runs in variants.values()],
+        "accuracy (%)": [measured(runs, "student_accuracy", unit=100) for runs in variants.values()],
+        "agreement (%)": [measured(runs, "agreement", unit=100) for runs in variants.values()],
+        "parameters (M)": [share(runs[0]["parameters"]) for runs in variants.values()],
+        "MACs (M)": [share(runs[0]["macs"]) for runs in variants.values()],
+        "steps": [str(runs[0]["training_steps"]) for runs in variants.values()],
+        "training (s)": [measured(runs, "training_seconds", digits=0) for runs in variants.values()],
+    }
+    if settings.published:
+        names = [name for name, _ in split_variants(settings.variants)]
+        published = dict(zip(names, settings.published, strict=True))
+        columns[settings.published_name] = [f"{published[name]:g}" for name in variants]
+    header = [
+        f"# {settings.title}",
+        f"    {command}",
+        f"Base {settings.base}, for all variants `{settings.common_flags.strip()}`; seeds {seeds}; "
+        f"{settings.jobs} runs at a time on: {'; '.join(devices)}. {'; '.join(versions)}."
+        + (f" The teacher's accuracy is {100 * teacher_accuracy:.1f} %." if teacher_accuracy is not None else ""),
+        "Mean ± standard deviation over seeds, on the test images, after the last step; in brackets the share of the "
+        "teacher's cost.",
+    ]
+    lines = [
+        "| variant | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * len(columns),
+        *("| " + " | ".join((name, *cells)) + " |" for name, *cells in zip(variants, *columns.values(), strict=True)),
+    ]
+    flags = [f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(settings.variants)]
+    parts = (
+        *header,
+        "\n".join(lines),
+        f"![{settings.title}](figure.png)",
+        caption,
+        "The flags of the variants:",
+        "\n".join(flags),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def measured(runs: Sequence[dict[str, Any]], key: str, unit: float = 1, digits: int = 1) -> str:
+    """Mean and standard deviation over the seeds of one number."""
+    values = [run[key] for run in runs]
+    if any(value is None for value in values):
+        return "-"
+    mean, deviation = figures.mean_and_deviation([unit * value for value in values])
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def share(cost: dict[str, float]) -> str:
+    """The student's cost in millions and as a share of the teacher's."""
+    return f"{cost['student'] / 1e6:.2f} ({cost['student'] / cost['teacher']:.0%})"
+
+
+def difference(low: Sequence[float], high: Sequence[float], digits: int = 3) -> str:
+    """By how much the mean changes from one variant to another, and whether that is more than seeds do."""
+    (before, spread_before), (after, spread_after) = map(figures.mean_and_deviation, (low, high))
+    change, spread = after - before, math.hypot(spread_before, spread_after)
+    text = f"{change:+.{digits}f}"
+    return text if abs(change) > spread else f"{text} (within the spread over seeds, {spread:.{digits}f})"
+
+
+def ladder_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
+    """What every rung adds to the one below."""
+    names = list(variants)
+    changes = []
+    for lower, upper in zip(names, names[1:], strict=False):
+        r2 = difference(*([run["r2_last"] for run in variants[name]] for name in (lower, upper)))
+        text = f"{upper}: R² of the last layer {r2}"
+        if all(run["student_accuracy"] is not None for name in (lower, upper) for run in variants[name]):
+            points = ([100 * run["student_accuracy"] for run in variants[name]] for name in (lower, upper))
+            text += f", accuracy {difference(*points, digits=1)} points"
+        changes.append(text)
+    return "What each rung adds to the one below it. " + "; ".join(changes) + "."
+
+
+def convergence_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
+    """Who is nearer to the teacher at the end, and when it had passed the other's end."""
+    final = {name: [run["r2_last"] for run in runs] for name, runs in variants.items()}
+    ranking = sorted(final, key=lambda name: statistics.fmean(final[name]), reverse=True)
+    best = ranking[0]
+    sentences = [
+        f"After the last step {best} is nearest to the teacher, R² {statistics.fmean(final[best]):.3f} in the last layer."
+    ]
+    for other in ranking[1:]:
+        end = statistics.fmean(final[other])
+        curve = zip(*(run["evaluations"] for run in variants[best]), strict=True)
+        passed = next(
+            (entries[0]["step"] for entries in curve if statistics.fmean(entry["r2_last"] for entry in entries) >= end),
+            None,
+        )
+        sentences.append(
+            f"{other} ends at {end:.3f}; against it {best} has {difference(final[other], final[best])}, "
+            + (f"and had as much at step {passed} already." if passed is not None else "at the end alone.")
+        )
+    return " ".join(sentences)
+
+
+def trade_off_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
+    """Every series against the first at the same label, with what it costs more."""
+    series = series_of(variants)
+    first, *others = series
+    sentences = []
+    for name in others:
+        base = {point["label"]: point for point in series[first]}
+        pairs = [(base[point["label"]], point) for point in series[name] if point["label"] in base]
+        parts = [
+            f"{point['label']} {difference(reference['r2_last'], point['r2_last'])} "
+            f"({point['parameters'] / reference['parameters'] - 1:+.0%} parameters, "
+            f"{point['macs'] / reference['macs'] - 1:+.0%} multiply-accumulates)"
+            for reference, point in pairs
+        ]
+        sentences.append(f"R² of the last layer, {name} against {first}: {'; '.join(parts)}.")
+    return " ".join(sentences)
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    return "python training/study.py " + shlex.join(arguments)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command goes on with what is missing") from None
