@@ -7,6 +7,7 @@ Every setting is a key of the YAML file and a flag of the same name. The same co
 last checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config.
 """
 
+import contextlib
 import functools
 import logging
 import time
@@ -23,15 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from raptor_hf import figures
-from raptor_hf.checkpoint import (
-    gather_rng_state,
-    latest_checkpoint,
-    load_checkpoint,
-    load_model_and_optimizer,
-    model_and_optimizer_tensors,
-    restore_rng_state,
-    save_checkpoint,
-)
+from raptor_hf.checkpoint import resume_run, save_run
 from raptor_hf.conversion import student_from_teacher
 from raptor_hf.data import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.distillation import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
@@ -77,7 +70,7 @@ class DistillSettings:
     image_column: str | None = None
     label_column: str | None = None
     streaming: bool = False
-    # the phases: given by block_repeats, or num_blocks of them found
+    # the phases: given by block_repeats, otherwise num_blocks of them are found
     block_repeats: list[int] | None = None
     num_blocks: int | None = None
     partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = "normalized"
@@ -129,8 +122,12 @@ class DistillSettings:
     override: bool = False
 
     def __post_init__(self) -> None:
-        if (self.block_repeats is None) == (self.num_blocks is None):
-            raise ValueError("give block_repeats (steps per block) or num_blocks (to find the phases), one of the two")
+        if self.block_repeats is None and self.num_blocks is None:
+            raise ValueError("give block_repeats (steps per block), or num_blocks to have the phases found")
+        if None not in (self.block_repeats, self.num_blocks) and len(self.block_repeats) != self.num_blocks:
+            raise ValueError(
+                f"block_repeats is {self.block_repeats}, but num_blocks is {self.num_blocks}; give one of them"
+            )
         positive = ("batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every")
         for name in (*positive, "checkpoint_every", "keep_checkpoints", "learning_rate", "max_grad_norm"):
             if getattr(self, name) <= 0:
@@ -206,7 +203,6 @@ def main() -> None:
     for stage in (1, 2):
         if run.num_steps(stage) and run.stage <= stage:
             run.train(stage, loader)
-            seconds[f"stage{stage}"] = run.log.history[-1]["seconds"]
     accelerator.wait_for_everyone()
 
     began = time.perf_counter()
@@ -394,6 +390,7 @@ class Run:
         self.test_images, self.processor = test_images, processor
         self.folder = Path(settings.output_dir)
         self.stage, self.step = 1, 0
+        self.log: IntervalLog | None = None
         self.histories: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
         self.evaluations: list[dict[str, Any]] = []
         self.failures: dict[str, str] = {}
@@ -471,7 +468,8 @@ class Run:
         for index, images in enumerate(pixel_values.to(accelerator.device, non_blocking=True).chunk(parts)):
             with torch.no_grad(), accelerator.autocast():
                 states = self.teacher.trajectory(images)
-            with accelerator.no_sync(self.task) if index + 1 < parts else accelerator.autocast():
+            # gradients are exchanged between processes once, with the last part
+            with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():
                 losses = self.task(states, stage=stage, forcing=forcing, blocks=blocks)
                 accelerator.backward(losses["loss"] / parts)
             for name, value in losses.items():
@@ -490,43 +488,34 @@ class Run:
 
     def save(self, offset: int) -> None:
         """Writes a checkpoint; a collective operation."""
-        tensors, info = model_and_optimizer_tensors(self.task, self.optimizer, trainable_only=True)
-        rng_tensors, rng_info = gather_rng_state(self.accelerator)
-        log = self.log.state_dict()
-        if self.accelerator.is_main_process:
-            progress = {
-                "stage": self.stage,
-                "step": self.step,
-                "log": log,
-                "histories": {str(stage): history for stage, history in self.histories.items()},
-                "evaluations": self.evaluations,
-                "failures": self.failures,
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            }
-            save_checkpoint(
-                self.folder / "checkpoints",
-                offset + self.step,
-                tensors | rng_tensors,
-                info | rng_info | {"progress": progress},
-                keep=self.settings.keep_checkpoints,
-            )
-        self.accelerator.wait_for_everyone()
+        progress = {
+            "stage": self.stage,
+            "step": self.step,
+            "log": self.log.state_dict(),
+            "histories": {str(stage): history for stage, history in self.histories.items()},
+            "evaluations": self.evaluations,
+            "failures": self.failures,
+        }
+        save_run(
+            self.folder / "checkpoints",
+            offset + self.step,
+            self.accelerator,
+            self.task,
+            self.optimizer,
+            progress,
+            trainable_only=True,
+            keep=self.settings.keep_checkpoints,
+        )
 
     def resume(self) -> None:
-        """Takes up the last checkpoint, if there is one."""
-        path = latest_checkpoint(self.folder / "checkpoints")
-        if path is None:
+        """Takes up the last checkpoint, if there is one; a collective operation."""
+        progress = resume_run(self.folder / "checkpoints", self.accelerator, self.task, self.optimizer)
+        if progress is None:
             return
-        tensors, info = load_checkpoint(path)
-        load_model_and_optimizer(self.task, self.optimizer, tensors, info)
-        restore_rng_state(self.accelerator, tensors, info)
-        progress = info["progress"]
         self.stage, self.step, self.pending_log = progress["stage"], progress["step"], progress["log"]
         self.histories = {int(stage): history for stage, history in progress["histories"].items()}
         self.evaluations, self.failures = progress["evaluations"], progress["failures"]
-        if progress["scaler"]:
-            self.accelerator.scaler.load_state_dict(progress["scaler"])
-        logger.info("resumed from %s", path)
+        logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
     @torch.no_grad()
     def evaluate(self, limit: int | None) -> dict[str, Any]:

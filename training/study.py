@@ -3,8 +3,8 @@
     python training/study.py training/configs/study_digits_ladder.yaml --jobs 2
 
 A variant is a name followed by flags of distill.py, which is run once for every variant and seed. Given again, the same
-command does not repeat the runs that have finished, and resumes an interrupted one from its last checkpoint. What a study
-costs and gives stands in its config file.
+command leaves the runs that have finished, and resumes an interrupted one from its last checkpoint. What a study costs
+and gives stands in its config file.
 """
 
 import dataclasses
@@ -124,8 +124,8 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
         ValueError: a flag or value that distill.py refuses.
     """
     runs = []
-    for name, flags in split_variants(settings.variants):
-        for seed in settings.seeds:
+    for seed in settings.seeds:  # the outer loop: a study that is cut short has compared all variants on some seeds
+        for name, flags in split_variants(settings.variants):
             folder = Path(settings.runs_dir) / slug(name) / f"seed-{seed}"
             arguments = [settings.base, *shlex.split(settings.common_flags), *flags]
             arguments += ["--seed", str(seed), "--output_dir", folder.as_posix()]
@@ -360,7 +360,7 @@ def convergence_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
     ranking = sorted(final, key=lambda name: statistics.fmean(final[name]), reverse=True)
     best = ranking[0]
     sentences = [
-        f"After the last step {best} is nearest to the teacher, R² {statistics.fmean(final[best]):.3f} in the last layer."
+        f"After the last step {best} is nearest to the teacher: last-layer R² {statistics.fmean(final[best]):.3f}."
     ]
     for other in ranking[1:]:
         end = statistics.fmean(final[other])
