@@ -1,9 +1,11 @@
 """Configuration of the Raptor model family: a Vision Transformer whose layers are a few blocks applied repeatedly."""
 
 import copy
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -242,7 +244,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 plan += [(block, start + trained * (i + 1) / repeats) for i in range(repeats)]
                 start += trained
         if num_steps is not None:
-            if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            if not _is_count(num_steps):
                 raise ValueError(f"num_steps is {num_steps!r}; it must be an integer of at least 1.")
             plan = plan[:num_steps] + [plan[-1]] * (num_steps - len(plan))
         return tuple(plan)
@@ -253,10 +255,33 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         the original again.
         """
         config = copy.copy(self)
-        config._classifier_labels = {"id2label": self.id2label, "label2id": self.label2id}
+        if not hasattr(self, "_classifier_labels"):
+            config._classifier_labels = {"id2label": self.id2label, "label2id": self.label2id}
         names = self.segmentation_id2label or {i: f"LABEL_{i}" for i in range(self.num_segmentation_labels)}
         config.id2label, config.label2id = names, {name: index for index, name in names.items()}
         return config
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "RaptorConfig":
+        """
+        [`PreTrainedConfig.from_dict`], with `kwargs` given to the constructor rather than assigned afterwards: fields
+        follow from one another, and all are checked.
+
+        Raises:
+            ValueError: the dictionary is the configuration of another model family.
+        """
+        family = config_dict.get("model_type", cls.model_type)
+        if family != cls.model_type:
+            raise ValueError(
+                f"model_type is {family!r}; RaptorConfig reads {cls.model_type!r} only. For a student of a DINOv2 "
+                "teacher: RaptorConfig.from_teacher(teacher_config, block_repeats)."
+            )
+        names = {*cls.__dataclass_fields__, "out_features", "out_indices", "num_hidden_layers", "num_blocks"}
+        given = {name: kwargs.pop(name) for name in names & kwargs.keys()}
+        if "block_repeats" in given or given.keys() & {"out_features", "out_indices"}:
+            # what the file says of the stages is of the old ones
+            config_dict = {name: config_dict[name] for name in config_dict.keys() - {"out_features", "out_indices"}}
+        return super().from_dict(config_dict | given, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
@@ -310,6 +335,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             ("ffn_type", FFN_TYPES),
             ("depth_conditioning", DEPTH_CONDITIONINGS),
             ("embedding_type", EMBEDDING_TYPES),
+            ("hidden_act", tuple(ACT2FN)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
@@ -329,10 +355,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 "and at least 0 otherwise."
             )
         names = self.segmentation_id2label
-        if names is not None and len(names) != self.num_segmentation_labels:
+        if names is not None and sorted(names) != list(range(self.num_segmentation_labels)):
             raise ValueError(
-                f"segmentation_id2label has {len(names)} names; it must have num_segmentation_labels = "
-                f"{self.num_segmentation_labels} of them, or be None."
+                f"segmentation_id2label has {len(names)} names, of the classes {sorted(names)}; it must name each of "
+                f"0..{self.num_segmentation_labels - 1} (num_segmentation_labels is {self.num_segmentation_labels}), "
+                "or be None."
             )
         if self.max_depth <= self.min_depth:
             raise ValueError(f"max_depth is {self.max_depth} m; it must be above min_depth, {self.min_depth} m.")
@@ -366,7 +393,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.block_schedule is not None:
             raise ValueError("block_repeats can re-time contiguous phases only; this model has a block_schedule.")
         block_repeats = tuple(block_repeats)
-        if len(block_repeats) != self.num_blocks or any(isinstance(n, bool) or n < 1 for n in block_repeats):
+        if len(block_repeats) != self.num_blocks or not all(_is_count(n) for n in block_repeats):
             raise ValueError(
                 f"block_repeats is {block_repeats}; it must be {self.num_blocks} positive integers, one per block "
                 f"(trained with {tuple(self.block_repeats)})."
@@ -376,10 +403,14 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_positive(self) -> None:
         for name in (
             *("hidden_size", "num_attention_heads", "intermediate_size", "conditioning_rank", "num_channels"),
-            *("layer_norm_eps", "block_layer_norm_eps", "num_segmentation_labels", "min_depth"),
+            *("layer_norm_eps", "block_layer_norm_eps", "num_segmentation_labels", "min_depth", "max_depth"),
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range is {self.initializer_range}; it must be at least 0 and finite.")
+        if not math.isfinite(self.layerscale_value):
+            raise ValueError(f"layerscale_value is {self.layerscale_value}; it must be finite.")
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) and len(value) != 2:
@@ -392,14 +423,22 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     def _refuse_derived_fields(self, kwargs: dict[str, Any]) -> None:
         derived = {"num_hidden_layers": self.num_hidden_layers, "num_blocks": self.num_blocks}
         for name, value in derived.items():
-            if kwargs.pop(name, value) != value:
-                raise ValueError(f"{name} follows from block_repeats {tuple(self.block_repeats)}: it is {value}.")
+            given = kwargs.pop(name, value)
+            if given != value:
+                raise ValueError(
+                    f"{name} is {given}, but it follows from block_repeats {tuple(self.block_repeats)}: {value}. "
+                    "Leave it out, or change block_repeats."
+                )
         for name in ("use_swiglu_ffn", "mlp_ratio"):
             if name in kwargs:
                 raise ValueError(
                     f"{name} is {kwargs[name]}; RaptorConfig takes ffn_type ({' or '.join(FFN_TYPES)}) and "
                     "intermediate_size instead."
                 )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

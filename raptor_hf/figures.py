@@ -174,7 +174,7 @@ def plot_ladder(
         axes.set_xticks(range(len(scores)), [textwrap.fill(name, 12) for name in scores], fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9, loc="lower right")
+            axes.legend(frameon=False, fontsize=9, loc="best")
     if path is not None:
         figure.savefig(path, dpi=200, bbox_inches="tight")
     return figure

@@ -149,21 +149,27 @@ class NoConditioner(nn.Module):
         return [StepModulation()] * len(depths)
 
 
+class ScaleOutput(nn.Linear):
+    """Last layer of the `"scale"` MLP; starts near zero, so that the gains start near one."""
+
+    init_std = 1e-4
+
+
 class ScaleConditioner(nn.Module):
     """`"scale"`, the research code's: S = W2 SiLU(W1 z + b1) + b2 + 1 for depth index z, split in three gains, (D,)."""
 
     hidden_size = 16
-    init_std = 1e-4
 
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(1, self.hidden_size)
-        self.fc2 = nn.Linear(self.hidden_size, 3 * config.hidden_size)
+        self.fc2 = ScaleOutput(self.hidden_size, 3 * config.hidden_size)
 
     def forward(self, depths: tuple[float, ...]) -> list[StepModulation]:
         depth = torch.tensor(depths, dtype=self.fc1.weight.dtype, device=self.fc1.weight.device)
         gains = self.fc2(nn.functional.silu(self.fc1(depth[:, None]))) + 1
-        attention, ffn, output = gains.chunk(3, dim=1)
+        # not views of one tensor, which a nested compile region does not take
+        attention, ffn, output = (part.clone() for part in gains.chunk(3, dim=1))
         return [
             StepModulation(attention_gain=a, ffn_gain=f, output_gain=o)
             for a, f, o in zip(attention.unbind(), ffn.unbind(), output.unbind(), strict=True)
@@ -335,8 +341,16 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+class RaptorQKV(RaptorLinear):
+    """Projection to query, key and value, stacked in this order."""
+
+
+class RaptorAttentionOutput(nn.Linear):
+    """Projection of the heads' outputs."""
+
+
 class RaptorAttention(nn.Module):
-    """Multi-head self-attention with one projection for query, key and value, stacked in this order."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
@@ -346,8 +360,8 @@ class RaptorAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.qkv = RaptorLinear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = RaptorQKV(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.proj = RaptorAttentionOutput(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -478,26 +492,35 @@ class RaptorPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Embeddings and heads as in DINOv2; blocks as PyTorch initialises them, as in the research code."""
+        # by the classes that own the parameters: of modules outside transformers without parameters of their own,
+        # transformers believes that they are initialised, and never brings them here
         std = self.config.initializer_range
-        if isinstance(module, RaptorAttention):
+        if isinstance(module, RaptorQKV):
             # nn.MultiheadAttention's: Xavier over the stacked matrix, no bias
-            init.xavier_uniform_(module.qkv.weight)
-            if module.qkv.bias is not None:
-                init.zeros_(module.qkv.bias)
-            _init_linear(module.proj)
-            init.zeros_(module.proj.bias)
-        elif isinstance(module, RaptorMLP | RaptorSwiGLU):
-            _init_linear(module.fc1)
-            _init_linear(module.fc2)
-        elif isinstance(module, RaptorLayerScale):
-            init.constant_(module.lambda1, self.config.layerscale_value)
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, RaptorHead):
+            init.trunc_normal_(module.weight, std=std)
+            init.zeros_(module.bias)
+        elif isinstance(module, ScaleOutput):
+            init.normal_(module.weight, std=module.init_std)
+            init.normal_(module.bias, std=module.init_std)
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            if isinstance(module, RaptorAttentionOutput):
+                init.zeros_(module.bias)
+            else:
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Conv2d):
+            init.trunc_normal_(module.weight, std=std)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, ScaleConditioner):
-            _init_linear(module.fc1)
-            init.normal_(module.fc2.weight, std=ScaleConditioner.init_std)
-            init.normal_(module.fc2.bias, std=ScaleConditioner.init_std)
+        elif isinstance(module, RaptorLayerScale):
+            init.constant_(module.lambda1, self.config.layerscale_value)
         elif isinstance(module, LowRankConditioner):
             for name, table in module.named_parameters():
                 if name in ("qkv_down", "ffn_down"):
@@ -507,35 +530,25 @@ class RaptorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, EmbeddingConditioner):
             init.zeros_(module.depth_embeddings)
         elif isinstance(module, RaptorEmbeddings):
-            init.trunc_normal_(module.patch_embeddings.projection.weight, std=std)
-            init.zeros_(module.patch_embeddings.projection.bias)
             init.trunc_normal_(module.position_embeddings, std=std)
             init.trunc_normal_(module.cls_token, std=std)
             if module.register_tokens is not None:
                 init.zeros_(module.register_tokens)
-        elif isinstance(module, RaptorHead):
-            init.trunc_normal_(module.weight, std=std)
-            init.zeros_(module.bias)
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """
         [`PreTrainedModel.save_pretrained`]; beside the weights go the code files that `auto_map` names, so that the
         folder also loads where raptor_hf is not installed, by `trust_remote_code=True`.
         """
+        # imported here so that transformers brings this file along with remote code, too
+        from .image_processing_raptor import RaptorImageProcessor  # noqa: F401
+
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             here = Path(__file__).parent
             for name in CODE_FILES:
                 if (here / name).is_file() and here.resolve() != Path(save_directory).resolve():
                     shutil.copyfile(here / name, Path(save_directory) / name)
-
-
-def _init_linear(linear: nn.Linear) -> None:
-    """PyTorch's default initialisation of a linear layer."""
-    bound = linear.in_features**-0.5
-    init.kaiming_uniform_(linear.weight, a=math.sqrt(5))
-    if linear.bias is not None:
-        init.uniform_(linear.bias, -bound, bound)
 
 
 class RaptorHead(nn.Linear):
@@ -578,6 +591,8 @@ class RaptorEncoder(RaptorPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """`forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`."""
+        # the caller decides on tuples, at its own boundary
+        kwargs["return_dict"] = True
         if num_steps is None and block_repeats is None:
             return self(hidden_states, **kwargs)
         plan = self.config.step_plan(num_steps, block_repeats)
@@ -600,6 +615,9 @@ class RaptorEncoder(RaptorPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         plan = self.plan if plan is None else plan
+        if self.training and torch.is_grad_enabled() and self.blocks[0].gradient_checkpointing:
+            # reentrant checkpointing gives a block no gradients if its input needs none, as after frozen embeddings
+            hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
         for (block, _), modulation in zip(plan, self.modulations(plan), strict=True):
             hidden_states, _ = self.blocks[block](hidden_states, *modulation, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
@@ -742,7 +760,9 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         Returns:
             `ImageClassifierOutput`: `logits` (B, num_labels).
         """
-        outputs = self.raptor(pixel_values, num_steps=num_steps, block_repeats=block_repeats, **kwargs)
+        outputs = self.raptor(
+            pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
+        )
         tokens = outputs.last_hidden_state
         patches = tokens[:, self.config.num_prefix_tokens :]
         logits = self.classifier(torch.cat((tokens[:, 0], patches.mean(dim=1)), dim=1))
@@ -784,7 +804,9 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
         Returns:
             `SemanticSegmenterOutput`: `logits` (B, num_segmentation_labels, H, W).
         """
-        outputs = self.raptor(pixel_values, num_steps=num_steps, block_repeats=block_repeats, **kwargs)
+        outputs = self.raptor(
+            pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
+        )
         patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
         grid = _patch_grid(self.classifier(patches), pixel_values, self.config)
         logits = nn.functional.interpolate(grid, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
@@ -832,7 +854,9 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
         Returns:
             `DepthEstimatorOutput`: `predicted_depth` in metres, (B, 4 * H / patch, 4 * W / patch).
         """
-        outputs = self.raptor(pixel_values, num_steps=num_steps, block_repeats=block_repeats, **kwargs)
+        outputs = self.raptor(
+            pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
+        )
         tokens = outputs.last_hidden_state
         patches = tokens[:, self.config.num_prefix_tokens :]
         tokens = torch.cat((patches, tokens[:, :1].expand_as(patches)), dim=-1)

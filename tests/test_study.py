@@ -123,7 +123,7 @@ def test_finished_runs_are_not_repeated_and_jobs_share_the_cores(study, settings
 
 def test_failed_run_shows_the_end_of_its_log_and_the_others_go_on(study, settings, caplog):
     runs = fake_runs(study, settings, WRITE_METRICS)
-    code = r"print('first line'); print('0%\r50%\r100%'); [print('filler') for _ in range(14)]; raise SystemExit('out of luck')"
+    code = "print('first line', *['filler'] * 14, sep=chr(10)); raise SystemExit('out of luck')"
     runs[0] = dataclasses.replace(runs[0], command=[sys.executable, "-uc", code])
     runs[2] = dataclasses.replace(runs[2], command=[sys.executable, "-c", "pass"])  # ends well and leaves no metrics
     caplog.set_level("INFO")
@@ -168,9 +168,10 @@ def test_caption_says_which_changes_are_within_the_spread_over_seeds(study):
         "same": [record("same", 0, 0.70, 0.7), record("same", 1, 0.95, 0.7)],
     }
     caption = study.ladder_caption(variants)
-    assert "high: R² of the last layer +0.690, accuracy +50.0 points;" in caption
+    assert "high: R² +0.690, accuracy +50.0 points;" in caption
     # sd of (0.70, 0.95) is 0.177, of (0.80, 0.82) 0.014
-    assert "same: R² of the last layer +0.015 (within the spread over seeds, 0.177)" in caption
+    assert "same: R² +0.015 (within the spread over seeds, 0.177)" in caption
+    assert "R² of the last layer goes from 0.120 to 0.825 and accuracy from 20.0 % to 70.0 %" in caption
 
 
 def test_caption_says_when_the_best_variant_had_passed_the_end_of_another(study):

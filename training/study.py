@@ -94,7 +94,9 @@ def main() -> None:
         output_dir = Path(settings.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     failed = run_all(runs, settings.jobs)
-    records = [record_of(run, settings.base) for run in runs if run.is_done]
+    order = [name for name, _ in split_variants(settings.variants)]
+    done = sorted((run for run in runs if run.is_done), key=lambda run: order.index(run.variant))
+    records = [record_of(run, settings.base) for run in done]
     if records:
         write_results(settings, records, output_dir, command_line(sys.argv[1:]))
         print(f"saved to {output_dir}: results.json, table.md and figure.png")
@@ -277,7 +279,7 @@ def table(settings: StudySettings, variants: dict[str, list[dict[str, Any]]], co
     teacher_accuracy = records[0]["teacher_accuracy"]
     devices = sorted({run["device"] for run in records})
     versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
-    seeds = ", ".join(map(str, settings.seeds))
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
     columns = {
         "R² last layer": [measured(runs, "r2_last", digits=3) for runs in variants.values()],
         "R² mean": [measured(runs, "r2_mean", digits=3) for runs in variants.values()],
@@ -332,26 +334,33 @@ def share(cost: dict[str, float]) -> str:
     return f"{cost['student'] / 1e6:.2f} ({cost['student'] / cost['teacher']:.0%})"
 
 
-def difference(low: Sequence[float], high: Sequence[float], digits: int = 3) -> str:
+def difference(low: Sequence[float], high: Sequence[float], digits: int = 3, unit: str = "") -> str:
     """By how much the mean changes from one variant to another, and whether that is more than seeds do."""
     (before, spread_before), (after, spread_after) = map(figures.mean_and_deviation, (low, high))
     change, spread = after - before, math.hypot(spread_before, spread_after)
-    text = f"{change:+.{digits}f}"
+    text = f"{change:+.{digits}f}{unit}"
     return text if abs(change) > spread else f"{text} (within the spread over seeds, {spread:.{digits}f})"
 
 
 def ladder_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
-    """What every rung adds to the one below."""
+    """What all rungs together do, and what every one adds to the one below."""
     names = list(variants)
+    r2 = {name: [run["r2_last"] for run in runs] for name, runs in variants.items()}
+    accuracy = {name: [run["student_accuracy"] for run in runs] for name, runs in variants.items()}
+    has_accuracy = all(value is not None for values in accuracy.values() for value in values)
+    first, last = (statistics.fmean(r2[name]) for name in (names[0], names[-1]))
+    whole = f"From the first rung to the last, R² of the last layer goes from {first:.3f} to {last:.3f}"
+    if has_accuracy:
+        first, last = (100 * statistics.fmean(accuracy[name]) for name in (names[0], names[-1]))
+        whole += f" and accuracy from {first:.1f} % to {last:.1f} %"
     changes = []
     for lower, upper in zip(names, names[1:], strict=False):
-        r2 = difference(*([run["r2_last"] for run in variants[name]] for name in (lower, upper)))
-        text = f"{upper}: R² of the last layer {r2}"
-        if all(run["student_accuracy"] is not None for name in (lower, upper) for run in variants[name]):
-            points = ([100 * run["student_accuracy"] for run in variants[name]] for name in (lower, upper))
-            text += f", accuracy {difference(*points, digits=1)} points"
+        text = f"{upper}: R² {difference(r2[lower], r2[upper])}"
+        if has_accuracy:
+            points = ([100 * value for value in accuracy[name]] for name in (lower, upper))
+            text += f", accuracy {difference(*points, digits=1, unit=' points')}"
         changes.append(text)
-    return "What each rung adds to the one below it. " + "; ".join(changes) + "."
+    return f"{whole}. Against the rung below, {'; '.join(changes)}."
 
 
 def convergence_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
