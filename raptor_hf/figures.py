@@ -244,8 +244,10 @@ def plot_trade_off(
             color = f"C{index}"
             axes.errorbar(positions, means, deviations, fmt="o-", color=color, capsize=3, markersize=5, label=name)
             for point, position, mean in zip(points, positions, means, strict=True):
-                offset = {"xytext": (6, -3), "textcoords": "offset points"}
-                axes.annotate(point["label"], (position, mean), **offset, fontsize=8, color=color)
+                # on alternating sides, as the points of two series may nearly meet
+                place = {"xytext": (-5, 4), "ha": "right"} if index % 2 == 0 else {"xytext": (5, -10), "ha": "left"}
+                place |= {"textcoords": "offset points", "fontsize": 8, "color": color}
+                axes.annotate(point["label"], (position, mean), **place)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
         if row == 1:

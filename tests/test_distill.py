@@ -36,7 +36,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from raptor_hf import RaptorConfig, RaptorModel, data
 from raptor_hf.data import load_image_processor, open_images
 from raptor_hf.distillation import DistillationTask
-from raptor_hf.loading import TooManyFailuresError
+from raptor_hf.loading import TooManyFailuresError, train_loader
 from raptor_hf.modeling_raptor import RaptorBlock
 from raptor_hf.recipe import NonFiniteError
 from raptor_hf.settings import parse_settings
@@ -171,7 +171,7 @@ def pixels(folder: Path, images: data.ImageSet) -> tuple[torch.Tensor, torch.Ten
 
 
 def test_folder_loads_in_transformers_and_is_as_faithful_as_it_says(run, teacher, tmp_path):
-    folder = run(figures=True, block_repeats=None, num_blocks=2, num_bootstraps=4, tracker="tensorboard")
+    folder = run(figures=True, block_repeats=None, num_blocks=2, num_bootstraps=4)
     found = metrics(folder)
     assert found.keys() == PROMISED | BESIDE
 
@@ -213,7 +213,6 @@ def test_folder_loads_in_transformers_and_is_as_faithful_as_it_says(run, teacher
     assert json.loads((folder / "phases.json").read_text())["stability"]["modal_frequency"] > 0
     for figure in ("phases", "fidelity", "losses"):
         assert (folder / "figures" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
-    assert list((folder / "logs").rglob("events.out.tfevents.*"))
 
 
 def test_folder_works_in_the_image_classification_pipeline(run):
@@ -224,6 +223,21 @@ def test_folder_works_in_the_image_classification_pipeline(run):
         logits = AutoModelForImageClassification.from_pretrained(folder)(pixels(folder, images)[0][3:4]).logits
     assert answers[0]["label"] == f"thing {logits.argmax().item()}"
     assert answers[0]["score"] == pytest.approx(logits.softmax(1).max().item(), rel=1e-4)
+
+
+def test_tracker_gets_the_log(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run(tracker="tensorboard")
+    (events,) = (folder / "logs" / "distill").glob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    logged = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    found = losses(folder)
+    expected = [(3, 0), (6, 1)], [(9, 0), (12, 1)]
+    for stage, pairs in zip(found.values(), expected, strict=True):
+        for step, index in pairs:
+            assert (step, pytest.approx(stage[index][1])) in logged
 
 
 def test_long_enough_training_reconstructs_the_teacher(run):
@@ -374,6 +388,32 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
+def test_settings_of_the_loss_reach_it(run, teacher, monkeypatch):
+    tasks, make = [], DistillationTask.__init__
+
+    def spy(self, *args, **options):
+        tasks.append(self)
+        make(self, *args, **options)
+
+    monkeypatch.setattr(DistillationTask, "__init__", spy)
+    short = {"stage1_steps": 2, "stage2_steps": 2}
+    run("published", **short)
+    run("ours", **short, stage2_weights=[0.2, 0.3, 0.5], horizon=2, input_noise=0.1, loss="frobenius")
+    run("plain", **short, cls_weighting=False, normalize_loss=True)
+    published, ours, plain = tasks
+    assert (published.stage1_weights, published.stage2_weights) == ([0.34, 0.33, 0.33], [0.45, 0.10, 0.45])
+    assert (published.horizon, published.input_noise, published.loss.kind) == (None, 0.0, "mse")
+    assert published.loss.layer_scale is None and published.loss.num_registers == 2
+    assert (ours.stage2_weights, ours.horizon, ours.input_noise) == ([0.2, 0.3, 0.5], 2, 0.1)
+    assert ours.loss.kind == "frobenius" and (plain.stage1_weights, plain.stage2_weights) == (None, None)
+    # the standard deviations on the images that the phases were found on, the first ones of the training
+    options = {"batch_size": 16, "seed": 0, "num_steps": 1}
+    (batch,) = train_loader(open_images("digits", "train[:48]"), load_image_processor(str(teacher)), **options)
+    model = AutoModelForImageClassification.from_pretrained(teacher)
+    states = hidden_states(model, batch["pixel_values"]).transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(plain.loss.layer_scale, states.var(dim=1, correction=0).mean(dim=1).sqrt())
+
+
 def test_all_blocks_together_train_as_each_alone(run):
     together = weights(run("together", stage2_steps=0))
     for block in range(2):
@@ -382,6 +422,36 @@ def test_all_blocks_together_train_as_each_alone(run):
         assert own and all(torch.equal(together[name], alone[name]) for name in own)
         others = {name for name in together if ".encoder." in name} - own
         assert not any(torch.equal(together[name], alone[name]) for name in others if name.endswith("fc1.weight"))
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[tuple[torch.Tensor, float]]:
+    """Images and weight of teacher forcing of every step that is taken."""
+    taken, backward = [], distill.Run.backward
+
+    def spy(self, stage, pixel_values, forcing):
+        taken.append((pixel_values, forcing))
+        return backward(self, stage, pixel_values, forcing)
+
+    monkeypatch.setattr(distill.Run, "backward", spy)
+    return taken
+
+
+def test_stage2_goes_on_in_the_data_with_a_fresh_optimizer(run, batches):
+    folder = run(train_split="train[:96]")
+    digests = {image.numpy().tobytes() for images, _ in batches for image in images}
+    assert len(batches) == 12 and len(digests) == 96  # every image once
+    # Adam's own count of the steps of stage 2, 4 of them done in the last checkpoint but one
+    for step, count in ((10, 4), (12, 6)):
+        counts = [tensor.item() for name, tensor in checkpoint(folder, step).items() if name.endswith(".step")]
+        assert set(counts) == {count}
+
+
+def test_teacher_forcing_is_annealed_by_default_or_all_or_nothing(run, batches):
+    for kind, expected in (("anneal", [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]), ("only", [1.0] * 6), ("none", [0.0] * 6)):
+        run(kind, teacher_forcing=kind, anneal_fraction=2 / 3, stage2_steps=0)
+        assert [forcing for _, forcing in batches] == pytest.approx(expected)
+        batches.clear()
 
 
 def test_training_leaves_everything_but_the_blocks_as_the_teacher_has_it(run, teacher):
@@ -446,14 +516,15 @@ def test_stage1_clips_every_block_alone_and_stage2_all_together(run, monkeypatch
 
 @pytest.fixture(scope="session")
 def damaged(tmp_path_factory, digits) -> Path:
-    """A folder of images by class, one of them cut off."""
+    """A folder of 96 images for training by class, the files of 4 of them cut off."""
     folder = tmp_path_factory.mktemp("images")
-    for split, count in (("train", 24), ("test", 10)):
+    for split, count in (("train", 96), ("test", 10)):
         for index, row in enumerate(digits[split].select(range(count))):
             (folder / split / str(row["label"])).mkdir(parents=True, exist_ok=True)
             row["image"].save(folder / split / str(row["label"]) / f"{index}.png")
-    broken = sorted((folder / "train").rglob("*.png"))[7]
-    broken.rename(broken.with_name("broken.png")).write_bytes(broken.with_name("broken.png").read_bytes()[:60])
+    for path in sorted((folder / "train").rglob("*.png"))[10::24]:
+        path.write_bytes(path.read_bytes()[:60])
+        path.rename(path.with_name(f"broken-{path.name}"))
     return folder
 
 
@@ -470,27 +541,21 @@ def test_two_processes_train_as_one(run, tmp_path, teacher, damaged):
     np.testing.assert_allclose(metrics(two)["fidelity"]["r2"], metrics(one)["fidelity"]["r2"], atol=1e-4)
     for name in ("phases", "macs", "unreadable_images"):
         assert metrics(two)[name] == metrics(one)[name]
-    assert len(metrics(one)["unreadable_images"]) == 1
+    assert len(metrics(one)["unreadable_images"]) == 4
     # the processes draw different noise
     state = load_file(two / "checkpoints" / "step-00000020" / "state.safetensors")
     assert not torch.equal(state["rng.0.torch"], state["rng.1.torch"])
 
 
-def test_damaged_image_is_counted_named_and_replaced(run, damaged, monkeypatch, caplog):
-    sizes, backward = [], distill.Run.backward
-
-    def spy(self, stage, pixel_values, forcing):
-        sizes.append(len(pixel_values))
-        return backward(self, stage, pixel_values, forcing)
-
-    monkeypatch.setattr(distill.Run, "backward", spy)
+def test_damaged_image_is_counted_named_and_replaced(run, damaged, batches, caplog):
     images = {"dataset": damaged, "train_split": "train", "test_split": "test"}
     folder = run(**images)
-    assert sizes == [8] * 12  # four times through the images
-    (name,) = metrics(folder)["unreadable_images"]
-    assert name.endswith("broken.png") and f"cannot read {name}" in caplog.text
-    with pytest.raises(TooManyFailuresError, match=r"cannot be read, more than max_failures=0.*broken\.png"):
-        run("strict", **images, max_decode_failures=0)
+    assert [len(images) for images, _ in batches] == [8] * 12  # once through the images
+    found = metrics(folder)["unreadable_images"]
+    assert found.keys() == set(map(str, damaged.rglob("broken-*")))
+    assert all(f"cannot read {name}: {reason}" in caplog.text for name, reason in found.items())
+    with pytest.raises(TooManyFailuresError, match=r"4 images cannot be read, more than max_failures=3.*broken-"):
+        run("strict", **images, max_decode_failures=3)
 
 
 @pytest.mark.parametrize("poisoned_step", [3, 9], ids=["stage 1", "stage 2"])
@@ -582,7 +647,7 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"block_repeats": None, "num_blocks": 5}, "num_blocks is 5; it must be between 1 and the teacher's 4 layers"),
         ({"block_repeats": None, "num_blocks": 0}, "num_blocks is 0"),
         ({"block_repeats": None}, "give block_repeats (steps per block)"),
-        ({"num_blocks": 2}, "give block_repeats (steps per block)"),
+        ({"num_blocks": 3}, "block_repeats is [3, 1], but num_blocks is 3; give one of them"),
         ({"block_repeats": [3, 2]}, "block_repeats is [3, 2], which sums to 5; it must sum to the teacher's 4 layers"),
         ({"block_repeats": [5, -1]}, "block_repeats is [5, -1]"),
         ({"block_repeats": None, "num_blocks": 4, "partition": "random_fragmented"}, "num_blocks=4 must be in 2..3"),

@@ -94,6 +94,8 @@ def test_flag_that_distill_refuses_is_found_before_anything_runs(study, settings
         wrong = dataclasses.replace(settings, variants=[f"wrong {flags}"])
         with pytest.raises(ValueError, match=message):
             study.plan_runs(wrong)
+    with pytest.raises(ValueError, match="'first one' has eval_every 0"):
+        study.plan_runs(dataclasses.replace(settings, figure="convergence"))
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,7 @@ def test_flag_that_distill_refuses_is_found_before_anything_runs(study, settings
         ({"seeds": [1, 1]}, "each once"),
         ({"variants": []}, "variants"),
         ({"variants": ["k=2 --num_blocks 2", "K 2 --num_blocks 2"]}, "more than punctuation"),
+        ({"figure": "trade_off"}, "series, label"),
         ({"published": [1.0]}, "published has 1 numbers; it must have one per variant, 2"),
     ],
 )
@@ -182,8 +185,8 @@ def test_caption_says_when_the_best_variant_had_passed_the_end_of_another(study)
     caption = study.convergence_caption(
         {"slow": runs("slow", [0, 0.1, 0.2, 0.3]), "fast": runs("fast", [0, 0.2, 0.4, 0.8])}
     )
-    assert "fast is nearest to the teacher: last-layer R² 0.800" in caption
-    assert "slow ends at 0.300; against it fast has +0.500, and had as much at step 20 already" in caption
+    assert '"fast" is nearest to the teacher: last-layer R² 0.800' in caption
+    assert '"slow" ends at 0.300, -0.500 from it; "fast" was there at its evaluation after 20 steps.' in caption
 
 
 def test_caption_compares_series_at_the_same_label(study):
@@ -206,7 +209,7 @@ def test_caption_compares_series_at_the_same_label(study):
 def test_results_hold_every_run_and_a_figure_of_each_kind(study, settings, tmp_path, kind, names):
     evaluations = [{"step": step, "r2_last": 0.5, "r2_mean": 0.4} for step in (5, 10)]
     runs = [record(name, seed, 0.5, evaluations=evaluations) for name in names for seed in (0, 1)]
-    settings = dataclasses.replace(settings, figure=kind)
+    settings = dataclasses.replace(settings, figure=kind, variants=[f"{name} --init first" for name in names])
     study.write_results(settings, runs, tmp_path, "the command")
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["runs"] == runs and written["command"] == "the command"

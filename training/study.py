@@ -8,6 +8,7 @@ and gives stands in its config file.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -60,6 +61,8 @@ class StudySettings:
         slugs = [slug(name) for name, _ in split_variants(self.variants)]
         if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
             raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
+        if self.figure == "trade_off" and not all(", " in name for name, _ in split_variants(self.variants)):
+            raise ValueError('the figure "trade_off" needs variants named "series, label --flag value ..."')
         if self.published is not None and len(self.published) != len(self.variants):
             raise ValueError(
                 f"published has {len(self.published)} numbers; it must have one per variant, {len(self.variants)}"
@@ -123,7 +126,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
     """All runs, with their settings checked by distill.py's own rules.
 
     Raises:
-        ValueError: a flag or value that distill.py refuses.
+        ValueError: a flag or value that distill.py refuses, or one that gives the figure nothing to show.
     """
     runs = []
     for seed in settings.seeds:  # the outer loop: a study that is cut short has compared all variants on some seeds
@@ -135,6 +138,8 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
                 parsed = parse_settings(DistillSettings, arguments, exit_on_error=False)
             except ValueError as error:
                 raise ValueError(f"variant {name!r}: {error}") from error
+            if settings.figure == "convergence" and not parsed.eval_every:
+                raise ValueError(f"variant {name!r} has eval_every 0; the figure of convergence needs evaluations")
             command = [sys.executable, str(Path(__file__).with_name("distill.py")), *arguments]
             runs.append(PlannedRun(name, seed, parsed, command))
     return runs
@@ -173,6 +178,7 @@ def run_one(run: PlannedRun, environment: dict[str, str]) -> int:
 
 
 def log_file(run: PlannedRun) -> Path:
+    """Where all that a run prints goes."""
     return run.folder / "log.txt"
 
 
@@ -256,6 +262,7 @@ def write_results(settings: StudySettings, records: Sequence[dict[str, Any]], ou
 
 
 def by_variant(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every variant."""
     variants: dict[str, list[dict[str, Any]]] = {}
     for record in records:
         variants.setdefault(record["variant"], []).append(record)
@@ -301,7 +308,7 @@ def table(settings: StudySettings, variants: dict[str, list[dict[str, Any]]], co
         f"{settings.jobs} runs at a time on: {'; '.join(devices)}. {'; '.join(versions)}."
         + (f" The teacher's accuracy is {100 * teacher_accuracy:.1f} %." if teacher_accuracy is not None else ""),
         "Mean ± standard deviation over seeds, on the test images, after the last step; in brackets the share of the "
-        "teacher's cost.",
+        "teacher's cost. Seconds are wall-clock time beside whatever else the machine ran.",
     ]
     lines = [
         "| variant | " + " | ".join(columns) + " |",
@@ -338,7 +345,7 @@ def difference(low: Sequence[float], high: Sequence[float], digits: int = 3, uni
     """By how much the mean changes from one variant to another, and whether that is more than seeds do."""
     (before, spread_before), (after, spread_after) = map(figures.mean_and_deviation, (low, high))
     change, spread = after - before, math.hypot(spread_before, spread_after)
-    text = f"{change:+.{digits}f}{unit}"
+    text = f"{change:+z.{digits}f}{unit}"
     return text if abs(change) > spread else f"{text} (within the spread over seeds, {spread:.{digits}f})"
 
 
@@ -369,34 +376,33 @@ def convergence_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
     ranking = sorted(final, key=lambda name: statistics.fmean(final[name]), reverse=True)
     best = ranking[0]
     sentences = [
-        f"After the last step {best} is nearest to the teacher: last-layer R² {statistics.fmean(final[best]):.3f}."
+        f'After the last step "{best}" is nearest to the teacher: last-layer R² {statistics.fmean(final[best]):.3f}.'
     ]
     for other in ranking[1:]:
         end = statistics.fmean(final[other])
         curve = zip(*(run["evaluations"] for run in variants[best]), strict=True)
+        # the last evaluation, the end of the best, is one
         passed = next(
-            (entries[0]["step"] for entries in curve if statistics.fmean(entry["r2_last"] for entry in entries) >= end),
-            None,
+            entries[0]["step"] for entries in curve if statistics.fmean(entry["r2_last"] for entry in entries) >= end
         )
         sentences.append(
-            f"{other} ends at {end:.3f}; against it {best} has {difference(final[other], final[best])}, "
-            + (f"and had as much at step {passed} already." if passed is not None else "at the end alone.")
+            f'"{other}" ends at {end:.3f}, {difference(final[best], final[other])} from it; '
+            f'"{best}" was there at its evaluation after {passed} steps.'
         )
     return " ".join(sentences)
 
 
 def trade_off_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
-    """Every series against the first at the same label, with what it costs more."""
+    """Every series against those before it at the same label, with what it costs more."""
     series = series_of(variants)
-    first, *others = series
     sentences = []
-    for name in others:
+    for first, name in itertools.combinations(series, 2):
         base = {point["label"]: point for point in series[first]}
         pairs = [(base[point["label"]], point) for point in series[name] if point["label"] in base]
         parts = [
             f"{point['label']} {difference(reference['r2_last'], point['r2_last'])} "
-            f"({point['parameters'] / reference['parameters'] - 1:+.0%} parameters, "
-            f"{point['macs'] / reference['macs'] - 1:+.0%} multiply-accumulates)"
+            f"({point['parameters'] / reference['parameters'] - 1:+z.0%} parameters, "
+            f"{point['macs'] / reference['macs'] - 1:+z.0%} multiply-accumulates)"
             for reference, point in pairs
         ]
         sentences.append(f"R² of the last layer, {name} against {first}: {'; '.join(parts)}.")
@@ -404,10 +410,12 @@ def trade_off_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def command_line(arguments: Sequence[str]) -> str:
+    """The command that a table names."""
     return "python training/study.py " + shlex.join(arguments)
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The content of a result file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
