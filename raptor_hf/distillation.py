@@ -124,8 +124,8 @@ class DistillationTask(nn.Module):
     Args:
         student: the model whose blocks are trained.
         loss: of one step.
-        stage1_weights: token-group weights of the last block in stage 1; inner blocks weigh all tokens alike. `None`:
-            the last block too.
+        stage1_weights: token-group weights of the block of layer L in stage 1; the others weigh all tokens alike.
+            `None`: that block too.
         stage2_weights: token-group weights of every step in stage 2; `None` for all tokens alike.
         horizon: steps after which stage 2 starts again from the teacher's state; `None` for all L.
         input_noise: standard deviation of the Gaussian noise on the states that blocks start from, relative to the root
@@ -173,11 +173,11 @@ class DistillationTask(nn.Module):
             blocks: those to train in stage 1; `None` for all.
 
         Returns:
-            "loss", the scalar to differentiate, and its parts: "block_J" for each block in stage 1; in stage 2 "loss"
-            alone.
+            "loss", the scalar to differentiate, and its parts, "block_J" for each block: its loss in stage 1, the mean
+            over its steps in stage 2.
         """
         if stage == 2:
-            return {"loss": self.stage2_loss(states)}
+            return self.stage2_losses(states)
         blocks = tuple(range(self.backbone.config.num_blocks)) if blocks is None else blocks
         losses = {f"block_{block}": self.stage1_loss(states, block, forcing) for block in blocks}
         return losses | {"loss": sum(losses.values())}
@@ -190,9 +190,8 @@ class DistillationTask(nn.Module):
         state before each run of the block's layers and goes on from its own.
         """
         encoder, config = self.backbone.encoder, self.backbone.config
-        last = block == config.num_blocks - 1
-        weights = self.stage1_weights if last else None
         layers = config.block_layers[block]
+        weights = self.stage1_weights if config.num_hidden_layers in layers else None
         plan = tuple((block, float(layer)) for layer in layers)
         modulations = dict(zip(layers, encoder.modulations(plan), strict=True))
         forced, rolled = [], []
@@ -216,8 +215,8 @@ class DistillationTask(nn.Module):
             return torch.stack(forced).mean()
         return forcing * torch.stack(forced).mean() + (1 - forcing) * torch.stack(rolled).mean()
 
-    def stage2_loss(self, states: Tensor) -> Tensor:
-        """Autoregressive from a_0 through all L steps (or afresh every `horizon` steps); the mean over the steps."""
+    def stage2_losses(self, states: Tensor) -> dict[str, Tensor]:
+        """Autoregressive from a_0 through all L steps (or afresh every `horizon` steps); means over the steps."""
         encoder, config = self.backbone.encoder, self.backbone.config
         horizon = self.horizon or config.num_hidden_layers
         losses = []
@@ -227,9 +226,15 @@ class DistillationTask(nn.Module):
                 state = self._start(states[:, step])
             state = encoder.blocks[block](state, *modulation)[0]
             losses.append(self.loss(state, states[:, step + 1], step + 1, self.stage2_weights))
-        return torch.stack(losses).mean()
+        parts = {
+            f"block_{block}": torch.stack([losses[layer - 1] for layer in layers]).mean().detach()
+            for block, layers in enumerate(config.block_layers)
+        }
+        return parts | {"loss": torch.stack(losses).mean()}
 
     def _start(self, state: Tensor) -> Tensor:
+        # the teacher may be in half precision
+        state = state.to(self.backbone.dtype)
         if self.input_noise == 0:
             return state
         scale = self.input_noise * state.float().square().mean(dim=(1, 2), keepdim=True).sqrt()

@@ -72,6 +72,8 @@ def save_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *,
     head, backbone = _split(model.state_dict(), model.base_model_prefix)
     if not head:
         raise ValueError(f"the {type(model).__name__} has no head: its number of classes is 0.")
+    if bad := [name for name, tensor in head.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"the model's head has NaN or infinite weights: {', '.join(bad)}.")
     stored = load_file(weights)
     if not any(name.startswith(f"{model.base_model_prefix}.") for name in stored):
         # saved without a head; inside a model with one, the names begin with the prefix

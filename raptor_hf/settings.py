@@ -27,7 +27,12 @@ from .checkpoint import write_text_atomically
 
 Settings = TypeVar("Settings")
 
-RESOLVED_FILE = "resolved.yaml"
+RESOLVED_FILE, CHECKPOINT_FOLDER = "resolved.yaml", "checkpoints"
+# settings that do not change what a run computes
+RUN_ONLY = (
+    *("output_dir", "override", "num_workers", "tracker", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("max_nonfinite_steps", "max_decode_failures"),
+)
 
 
 def parse_settings(
@@ -83,7 +88,7 @@ def prepare_output_dir(
     *,
     override: bool = False,
     needed_bytes: int = 0,
-    ignore: Sequence[str] = ("output_dir", "override", "num_workers", "log_every", "checkpoint_every"),
+    ignore: Sequence[str] = RUN_ONLY,
 ) -> Path:
     """Create or check the folder of a run before long work begins, and write the resolved settings into it.
 
@@ -92,7 +97,8 @@ def prepare_output_dir(
     Args:
         output_dir: the folder; created with its parents.
         settings: the settings of this run.
-        override: take the folder even if it belongs to a run with other settings.
+        override: take the folder even if it belongs to a run with other settings. The checkpoints of that run are
+            removed: resuming would take them for this run's.
         needed_bytes: free space that the run will want there.
         ignore: names of settings that may differ on resuming, as they do not change the result.
 
@@ -115,8 +121,13 @@ def prepare_output_dir(
             f"output_dir={str(folder)!r} is on a disk with {free / 1e9:,.2f} GB free, and the run needs "
             f"{needed_bytes / 1e9:,.2f} GB; free some space or choose another folder"
         )
-    if not override:
+    try:
         _check_same_run(folder, settings, ignore)
+    except ValueError:
+        if not override:
+            raise
+        if (folder / CHECKPOINT_FOLDER).exists():
+            shutil.rmtree(folder / CHECKPOINT_FOLDER)
     save_settings(folder / RESOLVED_FILE, settings)
     return folder
 

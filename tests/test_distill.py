@@ -38,6 +38,7 @@ from raptor_hf.data import load_image_processor, open_images
 from raptor_hf.distillation import DistillationTask
 from raptor_hf.loading import TooManyFailuresError, train_loader
 from raptor_hf.modeling_raptor import RaptorBlock
+from raptor_hf.phases import Partition
 from raptor_hf.recipe import NonFiniteError
 from raptor_hf.settings import parse_settings
 from raptor_hf.teacher import Teacher, load_teacher, macs
@@ -370,6 +371,15 @@ def test_other_settings_in_the_same_folder_are_refused_and_shown(run, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_checkpoint_of_other_phases_is_not_taken_up(run, monkeypatch):
+    settings = {"block_repeats": None, "num_blocks": 2}
+    _, end = metrics(run(**settings))["phases"][0]
+    other = Partition.from_boundaries([1 if end != 1 else 2], 4)
+    monkeypatch.setattr(distill, "find_phases", lambda *args, **kwargs: other)  # as rounding on a GPU may tip a tie
+    with pytest.raises(RuntimeError, match=r"the checkpoint is of blocks \[\[1.*but the phases are now \[\[1"):
+        run(**settings)
+
+
 def test_override_trains_anew_with_the_other_settings(run, monkeypatch):
     changes = {"learning_rate": 0.02, "block_repeats": [2, 2], "stage2_steps": 3}
     expected = run("fresh", **changes)
@@ -422,6 +432,14 @@ def test_all_blocks_together_train_as_each_alone(run):
         assert own and all(torch.equal(together[name], alone[name]) for name in own)
         others = {name for name in together if ".encoder." in name} - own
         assert not any(torch.equal(together[name], alone[name]) for name in others if name.endswith("fc1.weight"))
+
+
+def test_student_drops_nothing_whatever_the_teacher_was_trained_with(run, tmp_path):
+    drops = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    regularised = save_teacher(tmp_path / "regularised", **dict.fromkeys(drops, 0.5))
+    folders = [run("regularised run", teacher=regularised), run()]
+    assert same(*map(weights, folders))
+    assert {getattr(AutoModel.from_pretrained(folders[0]).config, name) for name in drops} == {0.0}
 
 
 @pytest.fixture

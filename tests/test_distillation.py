@@ -22,8 +22,8 @@ from raptor_hf.distillation import (
 BATCH, PATCHES, DIM, LAYERS = 3, 4, 8, 6
 STAGE1, STAGE2 = [0.34, 0.33, 0.33], [0.45, 0.10, 0.45]
 CONTIGUOUS = {"block_repeats": (3, 1, 2)}
-# block 0 is layers 1, 2, 5; block 1 is layer 3; block 2 is layers 4 and 6
-FRAGMENTED = {"block_repeats": (3, 1, 2), "block_schedule": (0, 0, 1, 2, 0, 2)}
+# block 0 is layers 1, 2 and 6, the last of all; block 1 is layer 3; block 2 is layers 4 and 5
+FRAGMENTED = {"block_repeats": (3, 1, 2), "block_schedule": (0, 0, 1, 2, 2, 0)}
 
 
 def make_student(num_registers: int = 2, seed: int = 0, **fields) -> RaptorModel:
@@ -81,11 +81,12 @@ class Reference:
         return forcing * np.mean(forced) + (1 - forcing) * np.mean(rolled)
 
     def stage2(self, states, horizon, weights):
+        """The losses of all steps."""
         losses, own = [], None
         for layer in range(1, LAYERS + 1):
             own = self.step(states[:, layer - 1] if (layer - 1) % horizon == 0 else own, layer)
             losses.append(self.loss(own, states[:, layer], layer, weights))
-        return np.mean(losses)
+        return losses
 
 
 def test_teacher_forcing_falls_linearly_to_zero_over_the_first_quarter_of_the_paper_s_steps():
@@ -113,7 +114,7 @@ def test_stage1_is_the_paper_s_equation(fields, num_registers, kind, normalized)
     for forcing in (0.0, 0.3, 1.0):
         losses = task(states, stage=1, forcing=forcing)
         expected = {
-            f"block_{block}": reference.stage1(states.double(), layers, forcing, STAGE1 if block == 2 else None)
+            f"block_{block}": reference.stage1(states.double(), layers, forcing, STAGE1 if LAYERS in layers else None)
             for block, layers in enumerate(student.config.block_layers)
         }
         assert losses.keys() == {*expected, "loss"}
@@ -133,9 +134,14 @@ def test_stage2_is_the_paper_s_equation_for_every_horizon(fields, num_registers,
     for horizon in (None, 1, 2, 4, 7):
         task = DistillationTask(student, TrajectoryLoss(kind, num_registers), stage2_weights=weights, horizon=horizon)
         losses = task(states, stage=2)
-        assert losses.keys() == {"loss"}
+        steps = reference.stage2(states.double(), horizon or LAYERS, weights)
+        assert losses["loss"].item() == pytest.approx(np.mean(steps), rel=1e-5)
+        blocks = {f"block_{j}": [steps[i - 1] for i in layers] for j, layers in enumerate(student.config.block_layers)}
+        assert losses.keys() == {*blocks, "loss"}
+        for name, values in blocks.items():
+            assert losses[name].item() == pytest.approx(np.mean(values), rel=1e-5)
+            assert not losses[name].requires_grad
         found[horizon] = losses["loss"].item()
-        assert found[horizon] == pytest.approx(reference.stage2(states.double(), horizon or LAYERS, weights), rel=1e-5)
     assert found[None] == found[7]  # no start within the 6 steps but the first
     assert len(set(found.values())) == 4
 
@@ -143,9 +149,9 @@ def test_stage2_is_the_paper_s_equation_for_every_horizon(fields, num_registers,
 def test_stage2_divides_every_layer_by_its_scale():
     student, states = make_student(), make_states()
     scale = torch.linspace(0.5, 3, LAYERS + 1)
-    loss = DistillationTask(student, TrajectoryLoss("mse", 2, scale), stage2_weights=STAGE2).stage2_loss(states)
-    expected = Reference(student, 2, "mse", scale.double().numpy()).stage2(states.double(), LAYERS, STAGE2)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    task = DistillationTask(student, TrajectoryLoss("mse", 2, scale), stage2_weights=STAGE2)
+    expected = np.mean(Reference(student, 2, "mse", scale.double().numpy()).stage2(states.double(), LAYERS, STAGE2))
+    assert task(states, stage=2)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_blocks_can_be_chosen_in_stage1():
@@ -173,22 +179,16 @@ def test_blocks_of_stage1_get_no_gradient_from_each_other():
         assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
-def test_every_block_gets_its_gradient_through_all_steps_in_stage2():
+def test_stage2_sends_the_error_of_the_last_layer_through_all_steps():
     student, states = make_student(), make_states()
-    task = DistillationTask(student, TrajectoryLoss("mse", 2))
-    # the first block matters to the last layer alone, too: nothing is detached on the way
-    last = states.clone().requires_grad_()
-    state = task._start(states[:, 0])
-    plan = student.config.step_plan()
+    first = student.encoder.blocks[0].norm1.weight
+    state, plan = states[:, 0], student.config.step_plan()
     for (block, _), modulation in zip(plan, student.encoder.modulations(plan), strict=True):
         state = student.encoder.blocks[block](state, *modulation)[0]
-    expected = torch.autograd.grad(
-        (state - last[:, -1]).square().mean() / LAYERS, student.encoder.blocks[0].norm1.weight
-    )[0]
-    other_layers = [0.0] * LAYERS + [1.0]
-    scale = torch.tensor([1.0 if weight else math.inf for weight in other_layers])  # only layer 6 has an error left
-    loss = DistillationTask(student, TrajectoryLoss("mse", 2, scale)).stage2_loss(states)
-    found = torch.autograd.grad(loss, student.encoder.blocks[0].norm1.weight)[0]
+    expected = torch.autograd.grad((state - states[:, -1]).square().mean() / LAYERS, first)[0]
+    scale = torch.tensor([math.inf] * LAYERS + [1.0])  # no other layer has an error left
+    loss = DistillationTask(student, TrajectoryLoss("mse", 2, scale))(states, stage=2)["loss"]
+    found = torch.autograd.grad(loss, first)[0]
     assert found.abs().max() > 0
     torch.testing.assert_close(found, expected)
 
@@ -236,7 +236,7 @@ def test_runs_are_the_consecutive_layers():
 def test_autoregression_starts_from_the_teacher_before_every_run_of_a_fragmented_block():
     student, states = make_student(**FRAGMENTED), make_states()
     inputs = record_inputs(student, lambda task: task(states, stage=1, forcing=0.0, blocks=(0,)))
-    starts = [(states[:, 0], True), (states[:, 1], False), (states[:, 4], True)]  # layers 1, 2 and 5
+    starts = [(states[:, 0], True), (states[:, 1], False), (states[:, 5], True)]  # layers 1, 2 and 6
     assert [torch.equal(found, state) for found, (state, _) in zip(inputs, starts, strict=True)] == [
         is_start for _, is_start in starts
     ]

@@ -33,6 +33,6 @@ def test_every_file_that_the_readme_names_exists():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def test_the_readme_pins_torch_so_that_no_gpu_build_is_fetched_unasked():
+def test_the_readme_pins_the_version_of_torch():
     commands = re.findall(r"^pip install .*$", README, re.MULTILINE)
     assert commands and all("torch==2.13.0" in command for command in commands)

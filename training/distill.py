@@ -10,17 +10,20 @@ last checkpoint and ends with the weights of a run that never stopped. What a ru
 import contextlib
 import functools
 import logging
+import math
+import operator
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from raptor_hf import figures
@@ -55,7 +58,7 @@ logger = logging.getLogger("distill")
 
 @dataclass(frozen=True)
 class DistillSettings:
-    """Settings of a distillation; the defaults are the published recipe (arXiv 2512.19941)."""
+    """Settings of a distillation; schedule, optimizer and losses are the published ones (arXiv 2512.19941)."""
 
     # the teacher and the images
     teacher: str
@@ -128,13 +131,22 @@ class DistillSettings:
             raise ValueError(
                 f"block_repeats is {self.block_repeats}, but num_blocks is {self.num_blocks}; give one of them"
             )
-        positive = ("batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every")
-        for name in (*positive, "checkpoint_every", "keep_checkpoints", "learning_rate", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("stage1_steps", "stage2_steps", "warmup_steps", "weight_decay", "seed", "eval_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.block_repeats is not None and min(self.block_repeats, default=0) < 1:
+            raise ValueError(f"block_repeats is {self.block_repeats}; it must be one or more numbers above 0")
+        positive = {"batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every"}
+        positive |= {"checkpoint_every", "keep_checkpoints", "learning_rate", "max_grad_norm", "eval_images", "horizon"}
+        positive |= {"conditioning_rank", "intermediate_size", "block_layer_norm_eps"}
+        for name, value in settings_to_dict(self).items():
+            if isinstance(value, int | float) and name != "train_block":
+                # written so that NaN does not pass
+                if not (value > 0 if name in positive else value >= 0):
+                    raise ValueError(f"{name} is {value}; it must be {'above' if name in positive else 'at least'} 0")
+        if math.isinf(self.learning_rate):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite")
+        for name in ("stage1_weights", "stage2_weights"):
+            weights = getattr(self, name)
+            if weights is not None and not (len(weights) == 3 and min(weights) >= 0 and 0 < sum(weights) < math.inf):
+                raise ValueError(f"{name} is {weights}; it must be three weights, of cls, registers and patches")
         if self.stage1_steps + self.stage2_steps == 0:
             raise ValueError("stage1_steps and stage2_steps are both 0; there is nothing to train")
         for name in ("stage1_steps", "stage2_steps"):
@@ -156,7 +168,8 @@ def main() -> None:
             project_dir=str(Path(settings.output_dir) / "logs") if settings.tracker else None,
         )
         warn_if_single_thread(logger, accelerator)
-        set_seed(settings.seed)
+        # the weights have a generator of their own; every process draws input noise of its own
+        set_seed(settings.seed, device_specific=True)
         teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
         folder = Path(settings.output_dir)
         if accelerator.is_main_process:
@@ -207,7 +220,7 @@ def main() -> None:
 
     began = time.perf_counter()
     weights = accelerator.get_state_dict(task)
-    metrics = run.evaluate(settings.eval_images)
+    metrics = run.evaluate(settings.eval_images) | {"unreadable_images": run.gather_failures()}
     seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
     seconds["evaluation"] = time.perf_counter() - began
     if accelerator.is_main_process:
@@ -244,10 +257,12 @@ def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Te
             f"eval_batch_size is {settings.eval_batch_size}; "
             f"it must be a multiple of {accelerator.num_processes} processes"
         )
+    # what a partition or a student of these settings would be refused for, before images are read to find the real one
+    make_student(teacher, trial_partition(settings, layers), settings)
     processor = load_image_processor(settings.teacher, settings.teacher_revision)
     check_image_size(processor, teacher.patch_size)
-    # one process prepares the data set, the others find it in the cache
-    with accelerator.main_process_first():
+    # one process of each node prepares the data set, the others find it in the cache
+    with accelerator.local_main_process_first():
         train_images, test_images = (
             open_images(
                 settings.dataset,
@@ -308,7 +323,7 @@ def phases_of(
 
 
 def choose_partition(
-    distance: np.ndarray, similarity: SimilarityAccumulator, settings: DistillSettings, num_layers: int
+    distance: np.ndarray, similarity: SimilarityAccumulator | None, settings: DistillSettings, num_layers: int
 ) -> tuple[Partition, dict[str, Any] | None]:
     """The given or found partition, and for a found one its stability under a bootstrap over images."""
     if settings.block_repeats is not None:
@@ -329,6 +344,13 @@ def choose_partition(
     }
 
 
+def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
+    """A partition of the wanted kind that needs no images: where phases are to be found, of made-up distances."""
+    layers = np.arange(num_layers)
+    distance = abs(layers - layers[:, None])
+    return choose_partition(distance, None, replace(settings, num_bootstraps=0), num_layers)[0]
+
+
 def describe_partition(partition: Partition) -> str:
     """Phases as [1-7][8-10]; the layers of each block where they are no phases."""
     if partition.is_contiguous:
@@ -344,6 +366,8 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
         "block_layer_norm_eps": settings.block_layer_norm_eps,
     }
     overrides = {name: value for name, value in wanted.items() if value is not None}
+    # the trajectory to learn is that of a teacher without dropout or dropped paths, whatever it was trained with
+    overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     student = student_from_teacher(
         teacher,
         partition,
@@ -400,6 +424,17 @@ class Run:
     def student(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.task).student
 
+    @functools.cached_property
+    def knows_labels(self) -> bool:
+        """Whether the labels of the test images are classes of the teacher's classifier."""
+        images, classifier = self.test_images, self.teacher.classifier
+        if classifier is None or not images.has_labels:
+            return False
+        if images.class_names is not None:
+            return len(images.class_names) == classifier.out_features
+        labels = [] if images.streaming else images.dataset.unique(images.label_column)
+        return all(label is None or 0 <= label < classifier.out_features for label in labels)
+
     def num_steps(self, stage: int) -> int:
         return self.settings.stage1_steps if stage == 1 else self.settings.stage2_steps
 
@@ -441,8 +476,10 @@ class Run:
                 group["lr"] = lr
             losses = self.backward(stage, batch["pixel_values"], self.forcing(step))
             is_finite = self.clip_gradients(stage)
-            # the fp16 scaler finds its scale by overflowing: it skips such a step itself, and counts it itself
-            if accelerator.scaler is not None or guard.check(step + 1, is_finite, batch["names"]):
+            if accelerator.scaler is not None:
+                # its scale is found by overflowing gradients, whose steps the scaler skips itself: only losses count
+                is_finite = bool(accelerator.reduce(losses["loss"].isfinite().float(), reduction="mean") == 1)
+            if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.step = step + 1
@@ -481,7 +518,9 @@ class Run:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
         groups = [block_parameters(self.student, block) for block in range(self.student.config.num_blocks)]
-        if stage == 2:
+        if self.settings.train_block is not None:
+            groups = [groups[self.settings.train_block]]
+        elif stage == 2:
             groups = [sum(groups, [])]
         norms = [nn.utils.clip_grad_norm_(group, self.settings.max_grad_norm) for group in groups]
         return bool(torch.stack(norms).isfinite().all())
@@ -494,7 +533,8 @@ class Run:
             "log": self.log.state_dict(),
             "histories": {str(stage): history for stage, history in self.histories.items()},
             "evaluations": self.evaluations,
-            "failures": self.failures,
+            "failures": self.gather_failures(),
+            "blocks": [list(layers) for layers in self.student.config.block_layers],
         }
         save_run(
             self.folder / "checkpoints",
@@ -507,11 +547,23 @@ class Run:
             keep=self.settings.keep_checkpoints,
         )
 
+    def gather_failures(self) -> dict[str, str]:
+        """Name and reason of the unreadable training images of all processes; a collective operation."""
+        if self.accelerator.num_processes == 1:
+            return self.failures
+        return functools.reduce(operator.or_, gather_object([self.failures]))
+
     def resume(self) -> None:
         """Takes up the last checkpoint, if there is one; a collective operation."""
         progress = resume_run(self.folder / "checkpoints", self.accelerator, self.task, self.optimizer)
         if progress is None:
             return
+        blocks = [list(layers) for layers in self.student.config.block_layers]
+        if progress["blocks"] != blocks:
+            raise RuntimeError(
+                f"the checkpoint is of blocks {progress['blocks']}, but the phases are now {blocks}: fix them by "
+                "block_repeats, or start in another output_dir"
+            )
         self.stage, self.step, self.pending_log = progress["stage"], progress["step"], progress["log"]
         self.histories = {int(stage): history for stage, history in progress["histories"].items()}
         self.evaluations, self.failures = progress["evaluations"], progress["failures"]
@@ -521,6 +573,9 @@ class Run:
     def evaluate(self, limit: int | None) -> dict[str, Any]:
         """Fidelity, agreement and accuracies on the test images; a collective operation."""
         accelerator, teacher, student = self.accelerator, self.teacher, self.student
+        for module in self.task.modules():
+            if isinstance(module, FSDPModule):  # the student is called past the wrapper, which would gather its weights
+                module.unshard()
         student.eval()
         fidelity = FidelityAccumulator(
             teacher.num_layers, teacher.num_registers, teacher.has_cls, hidden_size=teacher.hidden_size
@@ -538,15 +593,14 @@ class Run:
             # the student's head is the teacher's
             predicted, truth = teacher.logits(student_states[:, -1]), teacher.logits(teacher_states[:, -1])
             scores["agreement"].update(predicted, truth.argmax(dim=1))
-            if "labels" in batch:
+            if self.knows_labels:
                 labels = batch["labels"].to(accelerator.device)
                 scores["teacher_accuracy"].update(truth, labels)
                 scores["student_accuracy"].update(predicted, labels)
         for accumulator in (fidelity, *scores.values()):
             accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
         student.train()
-        has_head = teacher.classifier is not None
-        known = {name: has_head and (name == "agreement" or self.test_images.has_labels) for name in scores}
+        known = {name: self.knows_labels for name in scores} | {"agreement": teacher.classifier is not None}
         return {
             "fidelity": fidelity.compute().to_dict()
             | {name: score.compute()["accuracy"] if known[name] else None for name, score in scores.items()}
@@ -570,9 +624,8 @@ class Run:
 def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> dict[str, Any]:
     """What metrics.json says beside the fidelity."""
     settings, teacher, student = run.settings, run.teacher, run.student.base_model.eval()
-    size = student.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    image = torch.zeros(1, student.config.num_channels, height, width, device=run.accelerator.device)
+    size = check_image_size(run.processor, teacher.patch_size)  # of these images, not of the position embeddings
+    image = torch.zeros(1, student.config.num_channels, *size, device=run.accelerator.device)
     trained = sum(log[-1]["step"] for log in run.histories.values() if log) * settings.batch_size
     training_seconds = seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0)
     return {
@@ -583,7 +636,6 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> d
         "macs": {"teacher": macs(teacher.model, image), "student": macs(student, image)},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "images_per_second": trained / training_seconds if training_seconds else None,
-        "unreadable_images": run.failures,
         "evaluations": run.evaluations,
         "seed": settings.seed,
         **describe_environment(run.accelerator.device),

@@ -217,8 +217,11 @@ def train(
         loss = F.cross_entropy(model(images).logits, targets, label_smoothing=settings.label_smoothing)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        # the fp16 scaler finds its scale by overflowing: it skips such a step itself
-        if accelerator.scaler is not None or guard.check(step, bool(norm.isfinite()), batch["names"]):
+        is_finite = bool(norm.isfinite())
+        if accelerator.scaler is not None:
+            # its scale is found by overflowing gradients, whose steps the scaler skips itself: only losses count
+            is_finite = bool(accelerator.reduce(loss.detach().isfinite().float(), reduction="mean") == 1)
+        if guard.check(step, is_finite, batch["names"]) or accelerator.scaler is not None:
             optimizer.step()
         optimizer.zero_grad()
         if record := log.update(step, {"loss": loss}, lr=lr):
