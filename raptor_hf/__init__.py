@@ -35,6 +35,8 @@ AutoModelForImageClassification.register(RaptorConfig, RaptorForImageClassificat
 AutoModelForSemanticSegmentation.register(RaptorConfig, RaptorForSemanticSegmentation, exist_ok=True)
 AutoModelForDepthEstimation.register(RaptorConfig, RaptorForDepthEstimation, exist_ok=True)
 AutoImageProcessor.register(RaptorConfig, image_processor_classes={"pil": RaptorImageProcessor}, exist_ok=True)
+# a saved processor thus names its code, and brings it, as a saved model does
+RaptorImageProcessor.register_for_auto_class()
 
 __all__ = [
     "RaptorBackbone",

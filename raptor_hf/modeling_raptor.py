@@ -106,9 +106,9 @@ class RaptorEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         patches = self.patch_embeddings(pixel_values)
         positions = self.interpolate_pos_encoding(pixel_values.shape[2], pixel_values.shape[3])
-        tokens = torch.cat((self.cls_token.expand(len(patches), -1, -1), patches), dim=1) + positions
+        tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + positions
         if self.register_tokens is not None:
-            registers = self.register_tokens.expand(len(patches), -1, -1)
+            registers = self.register_tokens.expand(patches.shape[0], -1, -1)
             tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
         return self.dropout(tokens)
 
@@ -320,7 +320,7 @@ class RaptorDropPath(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.drop_prob == 0.0 or not self.training:
             return hidden_states
-        keep = torch.rand(len(hidden_states), 1, 1, dtype=hidden_states.dtype, device=hidden_states.device)
+        keep = torch.rand(hidden_states.shape[0], 1, 1, dtype=hidden_states.dtype, device=hidden_states.device)
         return hidden_states * (keep >= self.drop_prob) / (1 - self.drop_prob)
 
 
@@ -593,13 +593,13 @@ class RaptorEncoder(RaptorPreTrainedModel):
         """`forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`."""
         # the caller decides on tuples, at its own boundary
         kwargs["return_dict"] = True
-        if num_steps is None and block_repeats is None:
-            return self(hidden_states, **kwargs)
-        plan = self.config.step_plan(num_steps, block_repeats)
+        own_plan = num_steps is None and block_repeats is None
+        plan = self.plan if own_plan else self.config.step_plan(num_steps, block_repeats)
         selected = kwargs.get("output_hidden_states")
         if selected is None or isinstance(selected, bool):
             return self(hidden_states, plan, **kwargs)
-        # transformers resolves indices with config.num_hidden_layers, which is not the number of steps here
+        # transformers resolves indices with config.num_hidden_layers, which may not be the number of steps, and its
+        # versions disagree on the initial state
         output = self(hidden_states, plan, **(kwargs | {"output_hidden_states": True}))
         states = output.hidden_states
         indices = {range(len(states))[i] for i in ([selected] if isinstance(selected, int) else selected)}
@@ -722,7 +722,7 @@ class RaptorBackbone(BackboneMixin, RaptorPreTrainedModel):
                 tokens = self.layernorm(tokens)
             if self.config.reshape_hidden_states:
                 patches = tokens[:, self.config.num_prefix_tokens :]
-                tokens = patches.transpose(1, 2).reshape(len(patches), -1, height, width).contiguous()
+                tokens = patches.transpose(1, 2).reshape(patches.shape[0], -1, height, width).contiguous()
             feature_maps.append(tokens)
         return BackboneOutput(
             feature_maps=tuple(feature_maps), hidden_states=encoded.hidden_states, attentions=encoded.attentions
