@@ -66,7 +66,8 @@ def test_there_is_one_state_more_than_steps_and_one_attention_per_step(arguments
         torch.testing.assert_close(output.attentions[step], weights, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_steps": 4}, {"block_repeats": (1, 2, 1)}])
+# of the trained plan, transformers selects, 5.17 without placeholders for the states that are left out
+@pytest.mark.parametrize("arguments", [{"num_steps": 4}, {"num_steps": 9}, {"block_repeats": (1, 2, 1)}])
 def test_selected_states_are_those_of_all_states(arguments):
     model = tiny_model(RaptorModel)
     with torch.no_grad():
