@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from raptor_hf.configuration_raptor import TEACHER_FIELDS, RaptorConfig
-from raptor_hf.modeling_raptor import (
+from .configuration_raptor import TEACHER_FIELDS, RaptorConfig
+from .modeling_raptor import (
     RaptorEncoder,
     RaptorForImageClassification,
     RaptorModel,
     StepModulation,
 )
-from raptor_hf.phases import Partition
-from raptor_hf.teacher import Teacher, build_dinov2, count_parameters, find_classifier
+from .phases import Partition
+from .teacher import Teacher, build_dinov2, count_parameters, find_classifier
 
 __all__ = ["BlockInit", "count_parameters", "load_meta_linear_head", "student_from_teacher", "to_dinov2"]
 
@@ -198,6 +198,7 @@ def _student_config(
 
 
 def _initial_weights(teacher: Teacher, layers: tuple[int, ...], init: BlockInit) -> dict[str, Tensor]:
+    layers = [original for layer in layers for original in teacher.span(layer)]
     if init == "mean":
         weights = [teacher.block_state_dict(layer) for layer in layers]
         return {name: torch.stack([w[name] for w in weights]).cpu().double().mean(0) for name in weights[0]}

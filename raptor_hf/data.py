@@ -225,6 +225,27 @@ def open_images(
     )
 
 
+def check_labels(images: ImageSet, num_classes: int) -> None:
+    """Checks that every class label of a set that is no stream is a class; an image without one counts as unreadable.
+
+    Args:
+        images: with labels.
+        num_classes: C.
+
+    Raises:
+        ValueError: if a label is not in 0 .. C - 1, naming the image and the value.
+    """
+    column = np.array([-1 if label is None else label for label in images.dataset[images.label_column]])
+    known = np.array([label is not None for label in images.dataset[images.label_column]])
+    wrong = np.flatnonzero(known & ((column < 0) | (column >= num_classes)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"{images.name(row)} has the label {column[row]}, but there are {num_classes} classes, counted from 0 "
+            f"({len(wrong)} such images in {images.title}); choose another split or label_column"
+        )
+
+
 def load_image_processor(name_or_folder: str, revision: str | None = None) -> BaseImageProcessor:
     """Loads the image processor of a model.
 

@@ -260,6 +260,96 @@ def plot_trade_off(
     return figure
 
 
+def plot_cost(
+    records: Sequence[Mapping[str, Any]],
+    metric: str,
+    unit: tuple[str, float, int],
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draws what models reach against their parameters, with the standard deviation over seeds.
+
+    Args:
+        records: one per model: name, parameters, and values, name of a metric to its numbers. The first one is the
+            reference, drawn as a line across.
+        metric: which of the values.
+        unit: how to write it: label, factor, digits.
+        path: where to save the figure; None saves nothing.
+    """
+    label, factor, _ = unit
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    shown = [record for record in records if record["values"].get(metric)]
+    for index, record in enumerate(shown):
+        mean, deviation = mean_and_deviation(factor * np.asarray(record["values"][metric], dtype=float))
+        x = record["parameters"] / 1e6
+        if index == 0:
+            axes.axhline(mean, color="0.75", linewidth=1, zorder=0)
+        axes.errorbar(x, mean, deviation, fmt="o", capsize=3, color=f"C{index % 10}", label=record["name"])
+    axes.set(xlabel="parameters of the backbone (M)", ylabel=label, xlim=(0, None))
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.spines[["top", "right"]].set_visible(False)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def plot_predictions(
+    task: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    path: str | os.PathLike[str] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """Shows images with what they are and what a probe makes of them.
+
+    Args:
+        task: "image-classification", "semantic-segmentation" or "depth-estimation".
+        images: (N, H, W, 3) in [0, 1].
+        labels: classes (N,) or (N, H, W), 255 where no class is given; or depth in metres (N, H, W), 0 where unknown.
+        predictions: classes or depth, of any height and width.
+        path: where to save the figure; None saves nothing.
+        class_names: of the classes.
+    """
+    count = len(images)
+    if task == "image-classification":
+        figure = Figure(figsize=(1.5 * count, 2.1), layout="constrained")
+        for axes, image, label, predicted in zip(
+            figure.subplots(1, count, squeeze=False)[0], images, labels, predictions, strict=True
+        ):
+            axes.imshow(image)
+            axes.set_title(
+                f"{class_names[predicted]}\ntruth: {class_names[label]}",
+                fontsize=8,
+                color="black" if predicted == label else "tab:red",
+            )
+            axes.set_axis_off()
+    else:
+        figure = Figure(figsize=(1.6 * count + 1.2, 5.2), layout="constrained")
+        grid = figure.subplots(3, count, squeeze=False)
+        is_depth = task == "depth-estimation"
+        known = labels > 0 if is_depth else labels != 255
+        shown = np.where(known, labels, np.nan)
+        used = labels[known] if known.any() else np.zeros(1)
+        low, high = (float(used.min()), float(used.max())) if is_depth else (-0.5, len(class_names) - 0.5)
+        colors = matplotlib.colormaps["viridis_r"]
+        if not is_depth:
+            colors = matplotlib.colormaps["tab20" if len(class_names) <= 20 else "nipy_spectral"].resampled(
+                len(class_names)
+            )
+        for row, maps in enumerate((images, shown, predictions)):
+            for axes, values in zip(grid[row], maps, strict=True):
+                drawn = axes.imshow(values, cmap=colors, vmin=low, vmax=high, interpolation="nearest")
+                axes.set(xticks=[], yticks=[])
+            grid[row][0].set_ylabel(("image", "truth", "probe")[row])
+        bar = figure.colorbar(drawn, ax=grid[1:], fraction=0.05, label="depth (m)" if is_depth else "class")
+        if not is_depth and len(class_names) <= 20:
+            bar.set_ticks(range(len(class_names)), labels=class_names)
+    if path is not None:
+        figure.savefig(path, dpi=120)
+    return figure
+
+
 def mean_and_deviation(values: Any) -> tuple[Any, Any]:
     """Mean and sample standard deviation over the first axis, the seeds; 0 where there is one seed only."""
     values = np.asarray(values, dtype=np.float64)

@@ -763,15 +763,26 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         outputs = self.raptor(
             pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
         )
-        tokens = outputs.last_hidden_state
-        patches = tokens[:, self.config.num_prefix_tokens :]
-        logits = self.classifier(torch.cat((tokens[:, 0], patches.mean(dim=1)), dim=1))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        head = self.predict(self.features(outputs.last_hidden_state), labels=labels, **kwargs)
         return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=head.loss, logits=head.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the head reads: [cls, mean patch], (B, 2 D), of the tokens after the final LayerNorm, (B, T, D)."""
+        return torch.cat((tokens[:, 0], tokens[:, self.config.num_prefix_tokens :].mean(dim=1)), dim=1)
+
+    def predict(
+        self,
+        features: torch.Tensor,
+        image_size: tuple[int, int] | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> ImageClassifierOutput:
+        """The head alone, on stored `features`; `image_size` is for the dense heads."""
+        logits = self.classifier(features)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(loss=loss, logits=logits)
 
 
 class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
@@ -807,16 +818,26 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
         outputs = self.raptor(
             pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
         )
-        patches = outputs.last_hidden_state[:, self.config.num_prefix_tokens :]
-        grid = _patch_grid(self.classifier(patches), pixel_values, self.config)
-        logits = nn.functional.interpolate(grid, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
+        head = self.predict(self.features(outputs.last_hidden_state), pixel_values.shape[2:], labels)
+        return SemanticSegmenterOutput(
+            loss=head.loss, logits=head.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the head reads: the patches, (B, P, D), of the tokens after the final LayerNorm, (B, T, D)."""
+        return tokens[:, self.config.num_prefix_tokens :]
+
+    def predict(
+        self, features: torch.Tensor, image_size: tuple[int, int], labels: torch.Tensor | None = None
+    ) -> SemanticSegmenterOutput:
+        """The head alone, on stored `features` of images of (height, width) pixels."""
+        grid = _patch_grid(self.classifier(features), image_size, self.config)
+        logits = nn.functional.interpolate(grid, size=image_size, mode="bilinear", align_corners=False)
         loss = None
         if labels is not None:
             ignore_index = self.config.segmentation_ignore_index
             loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore_index)
-        return SemanticSegmenterOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return SemanticSegmenterOutput(loss=loss, logits=logits)
 
 
 class RaptorForDepthEstimation(RaptorPreTrainedModel):
@@ -857,11 +878,26 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
         outputs = self.raptor(
             pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
         )
-        tokens = outputs.last_hidden_state
-        patches = tokens[:, self.config.num_prefix_tokens :]
-        tokens = torch.cat((patches, tokens[:, :1].expand_as(patches)), dim=-1)
+        head = self.predict(self.features(outputs.last_hidden_state), pixel_values.shape[2:], labels)
+        return DepthEstimatorOutput(
+            loss=head.loss,
+            predicted_depth=head.predicted_depth,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def features(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What the head reads: cls and patches, (B, 1 + P, D), of the tokens after the final LayerNorm, (B, T, D)."""
+        return torch.cat((tokens[:, :1], tokens[:, self.config.num_prefix_tokens :]), dim=1)
+
+    def predict(
+        self, features: torch.Tensor, image_size: tuple[int, int], labels: torch.Tensor | None = None
+    ) -> DepthEstimatorOutput:
+        """The head alone, on stored `features` of images of (height, width) pixels."""
+        patches = features[:, 1:]
+        tokens = torch.cat((patches, features[:, :1].expand_as(patches)), dim=-1)
         # a linear layer and a bilinear upsampling commute, and this order is 16 times cheaper
-        grid = _patch_grid(self.bins(tokens), pixel_values, self.config)
+        grid = _patch_grid(self.bins(tokens), image_size, self.config)
         logits = nn.functional.interpolate(grid, scale_factor=self.upsampling, mode="bilinear", align_corners=False)
         centres = torch.linspace(
             self.config.min_depth, self.config.max_depth, self.config.num_depth_bins, device=logits.device
@@ -870,12 +906,7 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self._loss(logits.float(), depth, labels.float())
-        return DepthEstimatorOutput(
-            loss=loss,
-            predicted_depth=depth.to(logits.dtype),
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        return DepthEstimatorOutput(loss=loss, predicted_depth=depth.to(logits.dtype))
 
     def _loss(self, logits: torch.Tensor, depth: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         low, high = self.config.min_depth, self.config.max_depth
@@ -894,10 +925,10 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
         return self.sigma_weight * sigma + cross_entropy
 
 
-def _patch_grid(values: torch.Tensor, pixel_values: torch.Tensor, config: RaptorConfig) -> torch.Tensor:
+def _patch_grid(values: torch.Tensor, image_size: tuple[int, int], config: RaptorConfig) -> torch.Tensor:
     """Values of the patches, (B, P, N), as maps, (B, N, H / patch, W / patch)."""
     patch_height, patch_width = as_pair(config.patch_size)
-    size = pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width
+    size = image_size[0] // patch_height, image_size[1] // patch_width
     return values.transpose(1, 2).reshape(values.shape[0], values.shape[2], *size)
 
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from raptor_hf.conversion import student_from_teacher
-from raptor_hf.modeling_raptor import RaptorModel
-from raptor_hf.phases import Partition
-from raptor_hf.teacher import Teacher
+from .conversion import student_from_teacher
+from .modeling_raptor import RaptorModel
+from .phases import Partition
+from .teacher import Teacher
 
 BLOCK_NAMES = {
     "norm1.weight": "norm1.weight",

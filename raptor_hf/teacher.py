@@ -3,13 +3,15 @@
     teacher = load_teacher("facebook/dinov2-with-registers-base", device="cuda")
     states = teacher.trajectory(pixel_values)          # (B, L + 1, T, D)
     teacher.logits(states[:, -1])                      # (B, num_labels), if the checkpoint has a classifier
+    teacher.run_layers(states[:, 3], [4, 5, 5])        # on from any state, by any layers, (B, 4, T, D)
     teacher.block_state_dict(7)                        # layer 7, as the weights of a RaptorBlock
 
 Nothing else in the package knows how a foreign model calls its parts. A further family is one more entry of `FAMILIES`.
 """
 
+import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,8 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     attn_implementation: str | None = None,
+    layers: Sequence[int] | None = None,
+    variant: str | None = None,
 ) -> "Teacher":
     """Loads a teacher, with its classifier if the checkpoint has one.
 
@@ -81,6 +85,8 @@ def load_teacher(
         dtype: precision of the weights and of the trajectory.
         device: where the model goes; None leaves it on the CPU.
         attn_implementation: as in `from_pretrained`; None is the model's default.
+        layers: as in `Teacher`.
+        variant: head of a student's folder to load with it; None takes the student's own, if it has one still.
 
     Returns:
         The frozen teacher, in eval mode.
@@ -88,25 +94,30 @@ def load_teacher(
     Raises:
         FileNotFoundError: if `name_or_path` is a path and nothing is there.
         OSError: if the Hub does not have it, or it holds no model.
-        ValueError: if the model is of no supported family, or its weights are incomplete or not finite.
+        ValueError: if the model is of no supported family, has no such layers, or its weights are incomplete or not
+            finite.
     """
     _check_exists(name_or_path)
     config = AutoConfig.from_pretrained(name_or_path, revision=revision)
     _check_family(config, str(name_or_path))
     has_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
     auto_class = AutoModelForImageClassification if has_classifier else AutoModel
-    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    options = {"attn_implementation": attn_implementation, "variant": variant}
+    options = {name: value for name, value in options.items() if value is not None}
     model, info = auto_class.from_pretrained(
         name_or_path, config=config, revision=revision, dtype=dtype, output_loading_info=True, **options
     )
     # transformers fills what is missing with random numbers
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
+    if config.model_type == "raptor" and missing == ["classifier.bias", "classifier.weight"]:
+        model, missing = model.base_model, []  # its head has become one of several variants
     if missing:
         raise ValueError(f"{name_or_path} lacks {len(missing)} of the weights of {type(model).__name__}: {missing[:5]}")
     not_finite = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if not_finite:
         raise ValueError(f"{name_or_path} has NaN or infinite weights in {len(not_finite)} tensors: {not_finite[:5]}")
-    return Teacher(model.to(device), name=str(name_or_path), revision=getattr(config, "_commit_hash", None) or revision)
+    revision = getattr(config, "_commit_hash", None) or revision
+    return Teacher(model.to(device), name=str(name_or_path), revision=revision, layers=layers)
 
 
 class Teacher(nn.Module):
@@ -118,18 +129,28 @@ class Teacher(nn.Module):
         model: with or without a head.
         name: where it is from; None takes what the configuration says.
         revision: commit it is from, if known.
+        layers: those whose states make up the trajectory, ascending, in 1 .. L; None takes all. With some of them it is
+            the teacher of a shallower model, one layer of which stands for all up to the next of these.
 
     Attributes:
         model: the model without a head.
+        layers: the model's layers that are layers of this teacher.
         classifier: linear layer on [cls, mean patch] after the final norm, (2 D) to num_labels; None if there is none.
         family: its `model_type`.
 
     Raises:
         TypeError: if `model` is no transformers model.
-        ValueError: if it is of no supported family.
+        ValueError: if it is of no supported family, or has no such layers.
     """
 
-    def __init__(self, model: PreTrainedModel, *, name: str | None = None, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str | None = None,
+        revision: str | None = None,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is of type {type(model).__name__}; give a model, or load one with load_teacher")
@@ -138,6 +159,10 @@ class Teacher(nn.Module):
         self.revision = revision
         self.family = model.config.model_type
         self.model = model.base_model
+        depth = model.config.num_hidden_layers
+        self.layers = tuple(range(1, depth + 1) if layers is None else layers)
+        if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(1, depth + 1)}):
+            raise ValueError(f"layers={self.layers} must be layers of the model in 1..{depth}, ascending, each once")
         self.classifier = find_classifier(model)
         self.requires_grad_(False)
         self.eval()
@@ -148,13 +173,17 @@ class Teacher(nn.Module):
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The model's configuration."""
-        return self.model.config
+        """The model's configuration, with the number of layers that this teacher has."""
+        if len(self.layers) == self.model.config.num_hidden_layers:
+            return self.model.config
+        config = copy.deepcopy(self.model.config)
+        config.num_hidden_layers = len(self.layers)
+        return config
 
     @property
     def num_layers(self) -> int:
         """L, layers of a teacher, steps of a student."""
-        return self.config.num_hidden_layers
+        return len(self.layers)
 
     @property
     def hidden_size(self) -> int:
@@ -209,15 +238,17 @@ class Teacher(nn.Module):
             States a_0 .. a_L before the final norm, (B, L + 1, T, D), in the precision of the embeddings' output: the
             model's, or what the caller's autocast makes of it.
         """
-        states, num_states = None, 0
+        states, num_calls = None, 0
+        places = {layer: place for place, layer in enumerate((0, *self.layers))}
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            nonlocal states, num_states
+            nonlocal states, num_calls
             state = output[0] if isinstance(output, tuple) else output
             if states is None:
                 states = state.new_empty(state.shape[0], self.num_layers + 1, *state.shape[1:])
-            states[:, num_states] = state
-            num_states += 1
+            if num_calls in places:
+                states[:, places[num_calls]] = state
+            num_calls += 1
 
         family = FAMILIES[self.family]
         modules = [self.model.get_submodule(family.embeddings), *self.model.get_submodule(family.layers)]
@@ -228,6 +259,58 @@ class Teacher(nn.Module):
             for handle in handles:
                 handle.remove()
         return states
+
+    @torch.no_grad()
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """Runs the embeddings alone.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W), on the model's device.
+
+        Returns:
+            a_0, (B, T, D), where `run_layers` begins.
+        """
+        return self.model.get_submodule(FAMILIES[self.family].embeddings)(pixel_values)
+
+    @torch.no_grad()
+    def run_layers(self, state: Tensor, layers: Sequence[int]) -> Tensor:
+        """Applies layers to a state in any order, each any number of times.
+
+        All layers in order, after `embed`, give the trajectory. A student's layer l is its step l, with the block and
+        the depth index that this step has.
+
+        Args:
+            state: tokens to begin with, (B, T, D), before the final norm.
+            layers: 1 .. L, in the order of application.
+
+        Returns:
+            The given state and that after each layer, (B, len(layers) + 1, T, D).
+
+        Raises:
+            IndexError: if there is no such layer.
+        """
+        for layer in layers:
+            if not 1 <= layer <= self.num_layers:
+                raise IndexError(f"layers={list(layers)} has {layer}, but every layer must be in 1..{self.num_layers}")
+        calls = self._layer_calls()
+        states = [state]
+        for layer in layers:
+            for own in self.span(layer):
+                output = calls[own - 1](state)
+                state = output[0] if isinstance(output, tuple) else output
+            states.append(state)
+        return torch.stack(states, 1)
+
+    def _layer_calls(self) -> list[Callable[[Tensor], Any]]:
+        """What applies the model's layer l, at index l - 1."""
+        if self.family != "raptor":
+            return list(self.model.get_submodule(FAMILIES[self.family].layers))
+        encoder = self.model.encoder
+        steps = zip(encoder.plan, encoder.modulations(encoder.plan), strict=True)
+        return [
+            lambda state, block=encoder.blocks[block], modulation=modulation: block(state, *modulation)
+            for (block, _), modulation in steps
+        ]
 
     def final_norm(self, state: Tensor) -> Tensor:
         """Normalises a state, (..., T, D), as the model does after its last layer; gradients reach the state.
@@ -268,18 +351,23 @@ class Teacher(nn.Module):
         """The classifier's weight (num_labels, 2 D) and bias (num_labels,), or None without one."""
         return None if self.classifier is None else self.classifier.state_dict()
 
+    def span(self, layer: int) -> range:
+        """The model's layers that one layer of this teacher, 1 .. L, stands for: itself, where it has them all."""
+        return range((0, *self.layers)[layer - 1] + 1, self.layers[layer - 1] + 1)
+
     def block_state_dict(self, layer: int) -> dict[str, Tensor]:
         """One layer under the names of RaptorBlock: QKV in one matrix, as are SwiGLU's halves, the gated one first.
 
         Args:
-            layer: 1 .. L.
+            layer: of the model, 1 .. L, as `span` numbers them.
 
         Raises:
             IndexError: if there is no such layer.
             ValueError: if the family's layers are no DINOv2 layers.
         """
-        if not 1 <= layer <= self.num_layers:
-            raise IndexError(f"layer={layer} must be in 1..{self.num_layers}")
+        depth = self.model.config.num_hidden_layers
+        if not 1 <= layer <= depth:
+            raise IndexError(f"layer={layer} must be in 1..{depth}")
         family = FAMILIES[self.family]
         if not family.block_parts:
             raise ValueError(f"the layers of a {self.family!r} model cannot be copied into a RaptorBlock")

@@ -321,3 +321,12 @@ def test_what_is_no_linear_head_is_refused():
         load_meta_linear_head(head, tiny_dinov2())
     with pytest.raises(ValueError, match="num_labels=0"):
         load_meta_linear_head(head, tiny_dinov2(num_labels=0))
+
+
+def test_blocks_of_a_shallower_student_start_from_the_middle_of_what_they_stand_for():
+    model = tiny_dinov2()
+    student = student_from_teacher(Teacher(model, layers=(3, 4)), (1, 1), init="middle")
+    whole = Teacher(model)
+    for block, layer in zip(student.encoder.blocks, (2, 4), strict=True):
+        expected = whole.block_state_dict(layer)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in block.state_dict().items())

@@ -92,6 +92,57 @@ def test_trajectory_can_enter_a_backward_pass():
     assert guess.grad.abs().sum() > 0
 
 
+STUDENTS = [
+    {"block_repeats": (3, 1)},
+    {"block_repeats": (3, 1), "depth_conditioning": "scale"},
+    {"block_repeats": (2, 2), "block_schedule": (0, 1, 0, 1), "depth_conditioning": "embedding"},
+    {"block_repeats": (3, 1), "depth_conditioning": "low_rank", "conditioning_rank": 2},
+]
+
+
+@pytest.mark.parametrize("make", [*FAMILIES, *STUDENTS], ids=str)
+def test_embeddings_and_all_layers_give_the_trajectory_to_the_bit(make):
+    if isinstance(make, str):
+        teacher = Teacher(tiny_dinov2(make, num_labels=3))
+    else:
+        teacher = Teacher(randomize(RaptorModel(RaptorConfig(**STUDENT, **make))).eval())
+    states = teacher.trajectory(images((28, 42)))
+    assert torch.equal(teacher.embed(images((28, 42))), states[:, 0])
+    assert torch.equal(teacher.run_layers(states[:, 0], [1, 2, 3, 4]), states)
+    assert torch.equal(teacher.run_layers(states[:, 2], range(3, 5)), states[:, 2:])
+    assert torch.equal(teacher.run_layers(states[:, 1], []), states[:, 1:2])
+
+
+def test_a_layer_of_a_shallower_teacher_is_all_that_it_stands_for():
+    model = tiny_dinov2()
+    teacher = Teacher(model, layers=(1, 4))
+    states = teacher.trajectory(images())
+    assert torch.equal(teacher.run_layers(teacher.embed(images()), [1, 2]), states)
+    assert torch.equal(states, Teacher(model).trajectory(images())[:, [0, 1, 4]])
+
+
+def test_layers_run_in_the_order_asked_for():
+    teacher = Teacher(tiny_dinov2())
+    state = teacher.embed(images())
+    once = teacher.run_layers(state, [3])[:, 1]
+    twice = teacher.run_layers(once, [1])[:, 1]
+    assert torch.equal(teacher.run_layers(state, [3, 1]), torch.stack([state, once, twice], 1))
+    assert not torch.equal(teacher.run_layers(state, [1, 3])[:, 2], twice)
+    with pytest.raises(IndexError, match=r"layers=\[1, 5\] has 5, but every layer must be in 1..4"):
+        teacher.run_layers(state, [1, 5])
+
+
+@pytest.mark.parametrize("conditioning", ["none", "scale", "low_rank"])
+def test_repeating_a_students_last_layer_is_running_it_for_more_steps(conditioning):
+    config = RaptorConfig(**STUDENT, block_repeats=(3, 1), depth_conditioning=conditioning)
+    model = randomize(RaptorModel(config)).eval()
+    with torch.no_grad():
+        expected = model(images(), num_steps=7, output_hidden_states=True).hidden_states
+    teacher = Teacher(model)
+    states = teacher.run_layers(teacher.embed(images()), [1, 2, 3, 4, 4, 4, 4])
+    torch.testing.assert_close(states, torch.stack(expected, 1))
+
+
 def test_trajectory_leaves_no_hooks_behind_even_when_it_fails():
     teacher = Teacher(tiny_dinov2())
     teacher.trajectory(images())
@@ -275,3 +326,18 @@ def test_parameters_count_what_a_forward_pass_without_head_uses():
     assert Teacher(model).num_parameters == embeddings + 4 * layer + 2 * DIM
     student = RaptorForImageClassification(RaptorConfig.from_teacher(model.config, (3, 1)))
     assert count_parameters(student) == embeddings + 2 * layer + 2 * DIM
+
+
+def test_a_teacher_of_some_layers_has_their_states():
+    model, pixel_values = tiny_dinov2(), images()
+    teacher = Teacher(model, layers=(2, 4))
+    assert teacher.num_layers == teacher.config.num_hidden_layers == 2 and model.config.num_hidden_layers == 4
+    assert torch.equal(teacher.trajectory(pixel_values), hidden_states(model, pixel_values)[:, [0, 2, 4]])
+    assert [list(teacher.span(layer)) for layer in (1, 2)] == [[1, 2], [3, 4]]
+    assert [list(Teacher(model).span(layer)) for layer in (1, 4)] == [[1], [4]]
+
+
+@pytest.mark.parametrize("layers", [(), (0, 1), (2, 1), (2, 2), (1, 5)])
+def test_a_teacher_of_layers_that_there_are_not_is_refused(layers):
+    with pytest.raises(ValueError, match="1..4, ascending"):
+        Teacher(tiny_dinov2(), layers=layers)

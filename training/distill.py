@@ -66,6 +66,8 @@ class DistillSettings:
     output_dir: str
     teacher_revision: str | None = None
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # the teacher's layers that the student has a step for; all unless given, some for a shallower student
+    target_layers: list[int] | None = None
     dataset_config: str | None = None
     dataset_revision: str | None = None
     train_split: str = "train"
@@ -131,6 +133,8 @@ class DistillSettings:
             raise ValueError(
                 f"block_repeats is {self.block_repeats}, but num_blocks is {self.num_blocks}; give one of them"
             )
+        if self.target_layers is not None and self.num_blocks is not None:
+            raise ValueError("num_blocks finds phases in all layers; with target_layers give block_repeats")
         if self.block_repeats is not None and min(self.block_repeats, default=0) < 1:
             raise ValueError(f"block_repeats is {self.block_repeats}; it must be one or more numbers above 0")
         positive = {"batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every"}
@@ -234,7 +238,13 @@ def main() -> None:
 def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Teacher, Any, ImageSet, ImageSet]:
     """Everything that can be wrong with teacher and images, before any work starts."""
     dtype = getattr(torch, settings.teacher_dtype)
-    teacher = load_teacher(settings.teacher, revision=settings.teacher_revision, dtype=dtype, device=accelerator.device)
+    teacher = load_teacher(
+        settings.teacher,
+        revision=settings.teacher_revision,
+        dtype=dtype,
+        device=accelerator.device,
+        layers=settings.target_layers,
+    )
     layers = teacher.num_layers
     if settings.num_blocks is not None and not 1 <= settings.num_blocks <= layers:
         raise ValueError(f"num_blocks is {settings.num_blocks}; it must be between 1 and the teacher's {layers} layers")
@@ -242,6 +252,7 @@ def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Te
         raise ValueError(
             f"block_repeats is {settings.block_repeats}, which sums to {sum(settings.block_repeats)}; "
             f"it must sum to the teacher's {layers} layers"
+            + (f", target_layers {settings.target_layers}" if settings.target_layers else "")
         )
     num_blocks = settings.num_blocks or len(settings.block_repeats)
     if settings.train_block is not None and not 0 <= settings.train_block < num_blocks:

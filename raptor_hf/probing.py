@@ -1,0 +1,361 @@
+"""Linear probes: a frozen backbone, a linear head on its features, and the metric of the task.
+
+    backbone = load_backbone("runs/digits_k3")         # or a teacher, as the Raptor with one block per layer
+    probe = make_probe(backbone, "image-classification", class_names)
+    loss, prediction = probe(probe.features(pixel_values), image_size, labels)
+
+One code for all backbones: a DINOv2 teacher becomes the Raptor that computes the same (`student_from_teacher` with one
+block per layer), so that teacher and student are measured, saved and loaded alike. The protocols are the published ones
+(arXiv 2512.19941).
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .conversion import load_meta_linear_head, student_from_teacher
+from .hub import list_heads
+from .metrics import NYU_SIZE, Accumulator, DepthErrors, MeanIoU, TopKAccuracy
+from .modeling_raptor import (
+    RaptorForDepthEstimation,
+    RaptorForImageClassification,
+    RaptorForSemanticSegmentation,
+    RaptorModel,
+    RaptorPreTrainedModel,
+)
+from .teacher import load_teacher
+
+Task = Literal["image-classification", "semantic-segmentation", "depth-estimation"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the paper probes for a task.
+
+    Args:
+        head: class of the model with the head.
+        metric: the number that counts, as the task's accumulator names it.
+        higher_is_better: whether more of it is better.
+        settings: of the recipe: epochs, batch_size, learning_rate, weight_decay, warmup_steps, augment; and image_size,
+            in pixels, where it is not the model's own.
+    """
+
+    head: type[RaptorPreTrainedModel]
+    metric: str
+    higher_is_better: bool
+    settings: Mapping[str, float | str]
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "image-classification": Protocol(
+        RaptorForImageClassification,
+        "accuracy",
+        True,
+        {"epochs": 15, "batch_size": 512, "learning_rate": 1e-4, "weight_decay": 1e-2, "warmup_steps": 100}
+        | {"augment": "crop_flip"},
+    ),
+    "semantic-segmentation": Protocol(
+        RaptorForSemanticSegmentation,
+        "mean_iou",
+        True,
+        {"epochs": 10, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 1e-2, "warmup_steps": 0}
+        | {"image_size": 518, "augment": "none"},
+    ),
+    "depth-estimation": Protocol(
+        RaptorForDepthEstimation,
+        "rmse",
+        False,
+        {"epochs": 25, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-3, "warmup_steps": 0}
+        | {"augment": "none"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen backbone and where it is from.
+
+    Args:
+        model: the Raptor without a head, float32, eval mode, on the CPU.
+        classifier: linear layer on [cls, mean patch] that came with it, None if there was none.
+        folder: the local folder of a student, into which its heads go; None for a teacher or a student on the Hub.
+        name: what it was loaded by.
+        revision: commit it is from, if known.
+    """
+
+    model: RaptorModel
+    classifier: nn.Linear | None
+    folder: Path | None
+    name: str
+    revision: str | None = None
+
+
+def load_backbone(
+    name_or_path: str, *, revision: str | None = None, num_layers: int | None = None, variant: str | None = None
+) -> Backbone:
+    """Loads a student as it is, and a teacher as the Raptor with one block per layer, which computes the same.
+
+    Args:
+        name_or_path: folder or name on the Hub, of a Raptor or of a supported teacher.
+        revision: branch, tag or commit.
+        num_layers: keep only the first of the teacher's layers, a compression baseline; None keeps all.
+        variant: head of a student to load with it; None is its own.
+
+    Raises:
+        ValueError: if a student is to be cut, there are not so many layers, or the model is of no supported family.
+        OSError: if there is no such model.
+    """
+    layers = None if num_layers is None else tuple(range(1, num_layers + 1))
+    if num_layers is not None and num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}; it must be at least 1")
+    local = Path(name_or_path)
+    if variant is None and local.is_dir() and "teacher" in list_heads(local):
+        variant = "teacher"  # the name that a student's own head gets when others join it
+    teacher = load_teacher(name_or_path, revision=revision, layers=layers, variant=variant)
+    if teacher.family == "raptor":
+        if num_layers is not None:
+            raise ValueError(f"num_layers is {num_layers}, but {name_or_path} is a Raptor; only a teacher can be cut")
+        model, folder = teacher.model, local if local.is_dir() else None
+    else:
+        model, folder = student_from_teacher(teacher, (1,) * teacher.num_layers, init="first").base_model, None
+    return Backbone(model.eval(), teacher.classifier, folder, name_or_path, teacher.revision)
+
+
+class Probe(nn.Module):
+    """A frozen backbone and the linear head that is trained on its features.
+
+    Args:
+        model: the head on its backbone; the backbone's parameters are frozen.
+
+    Attributes:
+        head: the parameters that train.
+    """
+
+    def __init__(self, model: RaptorPreTrainedModel) -> None:
+        super().__init__()
+        self.model = model.eval()
+        self.model.requires_grad_(False)
+        for parameter in self.head.parameters():
+            parameter.requires_grad_(True)
+
+    @property
+    def head(self) -> nn.Module:
+        """The linear layer."""
+        return self.model.bins if isinstance(self.model, RaptorForDepthEstimation) else self.model.classifier
+
+    @torch.no_grad()
+    def features(self, pixel_values: Tensor) -> Tensor:
+        """What the head reads, in the precision of the backbone or of the caller's autocast.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W).
+
+        Returns:
+            (B, 2 D) for classification, (B, P, D) for segmentation, (B, 1 + P, D), cls first, for depth.
+        """
+        return self.model.features(self.model.raptor(pixel_values).last_hidden_state)
+
+    def forward(self, features: Tensor, image_size: tuple[int, int], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and prediction of the head, in float32.
+
+        Args:
+            features: as `features` gives them, in any precision.
+            image_size: height and width of the images in pixels.
+            labels: classes (B,) or (B, H, W), or depth in metres (B, H, W).
+
+        Returns:
+            The mean loss; class scores (B, C) or (B, C, H, W), or depth in metres (B, H', W').
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            output = self.model.predict(features.float(), image_size, labels)
+        is_depth = isinstance(self.model, RaptorForDepthEstimation)
+        return output.loss, output.predicted_depth if is_depth else output.logits
+
+
+def make_probe(
+    backbone: Backbone,
+    task: Task,
+    *,
+    class_names: Sequence[str] | None = None,
+    num_depth_bins: int = 256,
+    min_depth: float = 1e-3,
+    max_depth: float = 10.0,
+) -> Probe:
+    """Puts a new head for a task on a backbone.
+
+    Args:
+        backbone: as `load_backbone` gives it; its model is used, not copied.
+        task: which head.
+        class_names: of classification and segmentation, in the order of the labels.
+        num_depth_bins: bins of the depth head, evenly spaced.
+        min_depth: of the first bin, in metres.
+        max_depth: of the last bin, in metres.
+
+    Raises:
+        ValueError: if the task needs class names, or the numbers make no head.
+    """
+    config = copy.deepcopy(backbone.model.config)
+    if task == "depth-estimation":
+        config.num_depth_bins, config.min_depth, config.max_depth = num_depth_bins, min_depth, max_depth
+    elif not class_names:
+        raise ValueError(f"class_names is {class_names}; a head for {task} needs at least one class")
+    elif task == "semantic-segmentation":
+        config.num_segmentation_labels = len(class_names)
+        config.segmentation_id2label = dict(enumerate(class_names))
+    else:
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: label for label, name in enumerate(class_names)}
+    config.validate_architecture()
+    model = PROTOCOLS[task].head(config)
+    model.raptor = backbone.model
+    return Probe(model)
+
+
+@torch.no_grad()
+def initialize_head(probe: Probe, seed: int, source: nn.Linear | str | None = None) -> None:
+    """Sets the weights that training starts from.
+
+    Args:
+        probe: whose head is set, in place.
+        seed: of a random start: weights normal with the configuration's initializer_range, biases zero.
+        source: a classifier to start from instead, or the path of one in Meta's format; the paper's fine-tuned probe.
+
+    Raises:
+        ValueError: if the source has other classes or another width.
+    """
+    if isinstance(source, str):
+        load_meta_linear_head(source, probe.model)
+    elif source is not None:
+        if source.weight.shape != probe.head.weight.shape:
+            raise ValueError(
+                f"the classifier to start from is {tuple(source.weight.shape)}, but the head needs "
+                f"{tuple(probe.head.weight.shape)}: other classes, or another width"
+            )
+        probe.head.load_state_dict(source.state_dict())
+    else:
+        # drawn on the CPU, so that the seed means the same on every device
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(probe.head.weight.shape, generator=generator) * probe.model.config.initializer_range
+        probe.head.weight.copy_(weight)
+        probe.head.bias.zero_()
+
+
+class ProbeMetric:
+    """The metric of a task, fed with predictions as a `Probe` gives them.
+
+    Args:
+        task: of the probe.
+        num_classes: C.
+        min_depth: nearest true depth that counts, in metres.
+        max_depth: farthest true depth that counts, in metres.
+        eigen_crop: count the Eigen crop only; images padded beyond 480 x 640 are cut back to that first.
+    """
+
+    def __init__(
+        self, task: Task, num_classes: int, min_depth: float = 1e-3, max_depth: float = 10.0, eigen_crop: bool = False
+    ) -> None:
+        self.task, self.eigen_crop = task, eigen_crop
+        self.accumulator: Accumulator
+        if task == "image-classification":
+            self.accumulator = TopKAccuracy((1, 5) if num_classes > 5 else (1,))
+        elif task == "semantic-segmentation":
+            self.accumulator = MeanIoU(num_classes)
+        else:
+            self.accumulator = DepthErrors(min_depth, max_depth, eigen_crop)
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Adds a batch of predictions and labels as `Probe.forward` gives and takes them."""
+        if self.task == "semantic-segmentation":
+            predictions = predictions.argmax(dim=1)
+        elif self.task == "depth-estimation":
+            size = labels.shape[1:]
+            predictions = F.interpolate(predictions[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+            if self.eigen_crop:
+                predictions, labels = (center_crop(maps, NYU_SIZE) for maps in (predictions, labels))
+        self.accumulator.update(predictions, labels)
+
+    def compute(self) -> dict[str, Any]:
+        """The metrics; a mean IoU without the numbers of the single classes."""
+        return {name: value for name, value in self.accumulator.compute().items() if name != "per_class_iou"}
+
+
+def center_crop(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cuts centre-padded maps, (B, H, W), back to at most (height, width); the odd pixel of padding is the last one."""
+    top, left = (
+        (there - wanted) // 2 if there > wanted else 0 for there, wanted in zip(maps.shape[1:], size, strict=True)
+    )
+    return maps[:, top : top + size[0], left : left + size[1]]
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features of a whole set of images, computed once.
+
+    Args:
+        features: (N, ...) as `Probe.features` gives them, on the CPU.
+        labels: (N, ...), on the CPU.
+        names: of the N images.
+        image_size: height and width of the images in pixels.
+        failures: name to reason, for the images that could not be read.
+    """
+
+    features: Tensor
+    labels: Tensor
+    names: list[str]
+    image_size: tuple[int, int]
+    failures: dict[str, str]
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.features)
+
+    @classmethod
+    def joined(cls, shares: Sequence["FeatureBank"]) -> "FeatureBank":
+        """The banks of several processes, one after the other."""
+        return cls(
+            torch.cat([share.features for share in shares]),
+            torch.cat([share.labels for share in shares]),
+            [name for share in shares for name in share.names],
+            shares[0].image_size,
+            {name: reason for share in shares for name, reason in share.failures.items()},
+        )
+
+
+def pool_features(probe: Probe, batches: Iterable[dict[str, Any]], device: torch.device) -> FeatureBank:
+    """Runs the backbone once over all images.
+
+    Args:
+        probe: whose features are wanted.
+        batches: with pixel_values, labels, names and failures; images of one size.
+        device: where the probe is.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    features, labels, names, failures, size = [], [], [], {}, None
+    for batch in batches:
+        size = tuple(batch["pixel_values"].shape[-2:])
+        features.append(probe.features(batch["pixel_values"].to(device)).cpu())
+        labels.append(batch["labels"])
+        names += batch["names"]
+        failures |= batch["failures"]
+    if size is None:
+        raise ValueError("there are no images to compute features of")
+    return FeatureBank(torch.cat(features), torch.cat(labels), names, size, failures)
+
+
+def bank_bytes(probe: Probe, task: Task, num_images: int, image_size: tuple[int, int]) -> int:
+    """Memory that the features and labels of so many images take, in bytes, float32 and int64."""
+    config = probe.model.config
+    patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
+    patches, pixels = (image_size[0] // patch) * (image_size[1] // patch), image_size[0] * image_size[1]
+    if task == "image-classification":
+        return num_images * (2 * config.hidden_size * 4 + 8)
+    return num_images * ((1 + patches) * config.hidden_size * 4 + pixels * 8)
