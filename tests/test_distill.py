@@ -730,3 +730,19 @@ def test_configuration_makes_a_student_of_its_teacher(path):
     assert student.config.num_hidden_layers == num_layers
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in student.named_parameters() if name.split(".")[0] == "encoder"}
+
+
+def test_a_shallower_student_learns_the_layers_that_it_is_given(run, teacher):
+    folder = run(target_layers=[3, 4], block_repeats=[1, 1], init="middle", depth_conditioning="none")
+    assert len(metrics(folder)["fidelity"]["r2"]) == 2 and metrics(folder)["blocks"] == [[1], [2]]
+    student = AutoModel.from_pretrained(folder)
+    assert student.config.num_hidden_layers == 2
+    whole = metrics(run("whole", block_repeats=[1, 1, 1, 1], init="middle", depth_conditioning="none"))
+    # fewer layers than the teacher cost fewer parameters and are counted against the whole teacher
+    assert metrics(folder)["parameters"]["teacher"] == whole["parameters"]["teacher"]
+    assert metrics(folder)["parameters"]["student"] < whole["parameters"]["student"]
+
+
+def test_target_layers_need_block_repeats():
+    with pytest.raises(ValueError, match="give block_repeats"):
+        DistillSettings(teacher="t", dataset="digits", output_dir="o", num_blocks=2, target_layers=[2, 4])

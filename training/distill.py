@@ -133,8 +133,8 @@ class DistillSettings:
             raise ValueError(
                 f"block_repeats is {self.block_repeats}, but num_blocks is {self.num_blocks}; give one of them"
             )
-        if self.target_layers is not None and self.num_blocks is not None:
-            raise ValueError("num_blocks finds phases in all layers; with target_layers give block_repeats")
+        if self.target_layers is not None and self.block_repeats is None:
+            raise ValueError("phases are found in all layers; with target_layers give block_repeats")
         if self.block_repeats is not None and min(self.block_repeats, default=0) < 1:
             raise ValueError(f"block_repeats is {self.block_repeats}; it must be one or more numbers above 0")
         positive = {"batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every"}
