@@ -1,0 +1,352 @@
+"""Publish a trained student on the Hub: weights, heads, image processor, code, numbers, figures and a card.
+
+    python training/publish.py runs/digits_k3 --repo-id ORG/NAME --dry-run   # check everything, list what would go up
+    python training/publish.py runs/digits_k3 --repo-id ORG/NAME             # and upload it, in one commit
+    AutoModel.from_pretrained("ORG/NAME")      # with raptor_hf imported, or with trust_remote_code=True
+
+The token is that of `hf auth login` or of HF_TOKEN. Only the files of a fixed list go up; paths that lead out of the
+working directory and the names of user and host are taken out of them, and a file that still holds some is refused.
+The commit is the last request of all: before it the repository is what it was, after it the new model is whole. An
+upload that was cut off goes on with the same command. It takes as long as the weights need to go up.
+"""
+
+import contextlib
+import getpass
+import json
+import re
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+
+# what the client raises where there is no answer; the package it comes from differs between its versions
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+
+from raptor_hf import RaptorConfig
+from raptor_hf.cards import make_card
+from raptor_hf.hub import PrivateData, check_private, check_weights, collect_files, is_published
+from raptor_hf.settings import parse_settings, user_errors
+
+TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
+# what a repository may hold before the first model comes
+WITHOUT_MODEL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md"}
+
+
+@dataclass(frozen=True)
+class PublishSettings:
+    """What is published, and where."""
+
+    run_folder: str
+    repo_id: str
+    private: bool = False
+    dry_run: bool = False
+    revision: str | None = None  # branch; made from main if there is none of that name
+    create_pr: bool = False
+    # what the card cannot know from the run
+    teacher_run: str | None = None  # folder whose metrics.json has the same probes of the teacher
+    base_model: str | None = None  # the teacher's name on the Hub, if the run had it from a folder
+    license: str | None = None  # the teacher's, unless given
+
+    def __post_init__(self) -> None:
+        if self.repo_id.count("/") != 1:
+            raise ValueError(f"repo_id is {self.repo_id!r}; it must be of the form ORG/NAME")
+        for field, name in (("repo_id", self.repo_id), ("base_model", self.base_model)):
+            try:
+                validate_repo_id(name or "none")
+            except HFValidationError as error:
+                raise ValueError(f"{field} is refused: {error}") from error
+        if not Path(self.run_folder).is_dir():
+            raise FileNotFoundError(f"run_folder is {self.run_folder!r}, which is not a folder")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """All that goes up: the files by their paths in the repository, the card among them."""
+
+    files: dict[str, bytes | Path]
+    card: ModelCard
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file."""
+        return {
+            path: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for path, content in self.files.items()
+        }
+
+
+@dataclass(frozen=True)
+class Target:
+    """The repository as it is before the upload; None where there is none."""
+
+    head: str | None  # commit that the new one follows
+    branch_exists: bool
+    stale: list[str]  # files of an earlier publication that this one does not have
+
+
+def main() -> None:
+    settings = parse_settings(PublishSettings, with_folder_first(sys.argv[1:]))
+    huggingface_hub.logging.set_verbosity_error()  # retries are logged with the signed addresses of uploads
+    with user_errors():
+        token = get_token()
+        private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), token, (settings.repo_id,))
+        with hub_errors(token):
+            publication = make_publication(
+                settings.run_folder,
+                settings.repo_id,
+                private,
+                revision=settings.revision,
+                teacher_run=settings.teacher_run,
+                base_model=settings.base_model,
+                license=settings.license,
+            )
+            print_files(publication)
+            if token is None:
+                raise ValueError("there is no token for the Hub; run `hf auth login`, or set HF_TOKEN")
+            api = HfApi(token=token)
+            target = check_hub(api, settings, publication)
+            for path in target.stale:
+                print(f"{'removed':>15}  {path}")
+            if settings.dry_run:
+                print(f"nothing was uploaded to {settings.repo_id}: this was a dry run, and all checks passed")
+                return
+            print(upload(api, settings, publication, target))
+
+
+def with_folder_first(argv: Sequence[str]) -> list[str]:
+    """The arguments with RUN_FOLDER, which comes first, as a flag like all others."""
+    return ["--run_folder", *argv] if argv and not argv[0].startswith("-") else list(argv)
+
+
+@contextlib.contextmanager
+def hub_errors(token: str | None) -> Iterator[None]:
+    """Turns what the client raises into an OSError of one line, without token, addresses of uploads or traceback."""
+    try:
+        yield
+    except (HTTPError, RuntimeError) as error:
+        # an upload in a thread fails with a RuntimeError around the reason
+        reason = error if isinstance(error, HTTPError) else error.__cause__
+        if not isinstance(reason, HTTPError):
+            raise
+        message = explain(reason)
+        raise ConnectionError(message.replace(token, "(token)") if token else message) from None
+
+
+def explain(error: HTTPError) -> str:
+    """What went wrong with the Hub, and what to do."""
+    again = "the model there is unchanged or whole; give the same command again"
+    response = getattr(error, "response", None)
+    if response is None:
+        return f"no answer from the Hub ({type(error).__name__}); {again}"
+    said = getattr(error, "server_message", None) or response.headers.get("X-Error-Message")
+    answer = f"the Hub answered {response.status_code} to {response.request.method} {response.request.url.path}"
+    answer += f" ({' '.join(said.split())})" if said else ""
+    if response.status_code == 401:
+        return f"{answer}: the token is not valid; run `hf auth login`"
+    if response.status_code == 403:
+        return f"{answer}: the token may not do that; it needs write access to that repository or organisation"
+    return f"{answer}; {again}"
+
+
+def make_publication(
+    run_folder: str | Path,
+    name: str,
+    private: PrivateData,
+    *,
+    revision: str | None = None,
+    teacher_run: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    with_code: bool = True,
+) -> Publication:
+    """Checks a run folder and gathers what is published of it; asks the Hub for the teacher's licence at most.
+
+    Args:
+        run_folder: of a run of distill.py, perhaps with heads by probe.py.
+        name: what from_pretrained will be given.
+        private: is taken out of all files.
+        revision: branch that from_pretrained will be given.
+        teacher_run: folder whose metrics.json holds the teacher's probes.
+        base_model: the teacher's name on the Hub, if it is not in metrics.json.
+        license: of the weights, if it is not the teacher's.
+        with_code: whether the model's code goes with the weights.
+
+    Raises:
+        FileNotFoundError: the folder of an unfinished run, or one without all files of its model.
+        ValueError: weights that are damaged or not finite, private data that stays, an unknown licence.
+    """
+    folder = Path(run_folder)
+    classes = check_weights(folder)
+    metrics, settings = read_json(folder / "metrics.json"), read_settings(folder)
+    teacher = metrics.get("teacher") or {"name": settings["teacher"], "revision": settings.get("teacher_revision")}
+    # a teacher from a folder has no commit
+    base_model = base_model or (teacher["name"] if teacher.get("revision") else None)
+    names = [settings["dataset"], *(probe["dataset"] for probe in metrics.get("probes", {}).values())]
+    datasets = [dataset for dataset in dict.fromkeys(names) if is_hub_dataset(dataset)]
+    public = (*private.public, *datasets, *([base_model] if base_model else []))
+    private = PrivateData(private.home, private.names, private.token, public)
+    files = collect_files(folder, private)
+    if not with_code:
+        files = {path: content for path, content in files.items() if not path.endswith(".py")}
+    card = make_card(
+        private.remove({"teacher": teacher} | metrics),
+        private.remove(settings),
+        RaptorConfig.from_pretrained(folder),
+        template=TEMPLATE,
+        name=name,
+        classes=classes,
+        figures=[path for path in files if path.startswith("figures/")],
+        license=license or license_of(teacher["name"], base_model),
+        base_model=base_model,
+        datasets=datasets,
+        revision=revision,
+        teacher_metrics=private.remove(read_json(Path(teacher_run) / "metrics.json")) if teacher_run else None,
+        has_code=with_code,
+    )
+    files = {"README.md": str(card).encode()} | files
+    check_private(files, private)
+    return Publication(files, card)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not the folder of a run that has finished")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "resolved.yaml"
+    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not {"teacher", "dataset"} <= settings.keys():
+        raise ValueError(f"{folder} is not a run of distill.py: no resolved.yaml there names a teacher and a dataset")
+    return settings
+
+
+def is_hub_dataset(name: str) -> bool:
+    """Whether images come from the Hub, rather than from scikit-learn or from a folder or file here."""
+    return name != "digits" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
+def license_of(teacher: str, base_model: str | None) -> str:
+    """The licence in the teacher's card, which the weights made from it come under."""
+    card, found = Path(teacher) / "README.md", None
+    if card.is_file():
+        found = ModelCard.load(card).data.license
+    elif base_model is not None:
+        # there may be no card, and a Hub out of reach is told of by the checks that need it
+        with contextlib.suppress(HTTPError, OSError):
+            found = ModelCard.load(base_model).data.license
+    if found is None:
+        raise ValueError(f"the licence of the teacher, {teacher!r}, is not known; give --license, such as apache-2.0")
+    return found
+
+
+def print_files(publication: Publication) -> None:
+    """The files with their sizes in bytes, and the sum."""
+    sizes = publication.sizes()
+    for path, size in sizes.items():
+        print(f"{size:>15,}  {path}")
+    print(f"{sum(sizes.values()):>15,}  bytes in {len(sizes)} files")
+
+
+def check_hub(api: HfApi, settings: PublishSettings, publication: Publication) -> Target:
+    """Finds out what the upload would fail at: token, rights, name and card.
+
+    Raises:
+        ValueError: what is wrong, and what would work.
+        HTTPError: the Hub cannot be reached, or refuses the token.
+    """
+    user = api.whoami()
+    repo_id, revision = settings.repo_id, settings.revision or "main"
+    try:
+        main = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        main = None
+    if main is None or not settings.create_pr:  # anyone may propose a change
+        check_rights(user, repo_id)
+    validate_card(api, publication.card)
+    if main is None:
+        return Target(head=None, branch_exists=revision == "main", stale=[])
+    if settings.private and not main.private:
+        raise ValueError(f"{repo_id} is there and is public: --private would not hide it. Make it private on the Hub")
+    try:
+        branch = main if revision == "main" else api.model_info(repo_id, revision=revision)
+    except RevisionNotFoundError:
+        if settings.create_pr:
+            raise ValueError(f"{repo_id} has no branch {revision!r} that a pull request could be made to") from None
+        return Target(head=main.sha, branch_exists=False, stale=stale_files(api, repo_id, main, publication))
+    return Target(head=branch.sha, branch_exists=True, stale=stale_files(api, repo_id, branch, publication))
+
+
+def validate_card(api: HfApi, card: ModelCard) -> None:
+    """Asks the Hub's own validator; ModelCard.validate asks huggingface.co whatever HF_ENDPOINT says in versions 1.
+
+    Raises:
+        ValueError: what is wrong with the card.
+    """
+    response = get_session().post(f"{api.endpoint}/api/validate-yaml", json={"repoType": "model", "content": str(card)})
+    if response.status_code == 400:
+        errors = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
+        raise ValueError(f"the Hub refuses the card: {errors or response.text}")
+    hf_raise_for_status(response)
+
+
+def check_rights(user: dict[str, Any], repo_id: str) -> None:
+    """Refuses a token that only reads, and a namespace that is not the user's."""
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise ValueError("the token may only read; make one that may write at https://huggingface.co/settings/tokens")
+    organisations = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
+    namespace = repo_id.partition("/")[0]
+    if namespace not in (user["name"], *organisations):
+        names = ", ".join([user["name"], *organisations])
+        raise ValueError(f"repo_id is {repo_id!r}, but the token may write to these only: {names}")
+
+
+def stale_files(api: HfApi, repo_id: str, info: huggingface_hub.ModelInfo, publication: Publication) -> list[str]:
+    """Files of an earlier model that go; a repository with anything but a Raptor in it is refused."""
+    there = [sibling.rfilename for sibling in info.siblings or []]
+    if "config.json" in there:
+        with tempfile.TemporaryDirectory() as folder:
+            path = api.hf_hub_download(repo_id, "config.json", revision=info.sha, local_dir=folder)
+            family = json.loads(Path(path).read_text(encoding="utf-8")).get("model_type")
+        if family != RaptorConfig.model_type:
+            raise ValueError(f"{repo_id} is taken: it holds a model of type {family!r}; choose another repo_id")
+    elif foreign := set(there) - WITHOUT_MODEL:
+        raise ValueError(
+            f"{repo_id} is taken: it holds {', '.join(sorted(foreign)[:3])} and no Raptor; choose another repo_id"
+        )
+    return sorted(path for path in there if is_published(path) and path not in publication.files)
+
+
+def upload(api: HfApi, settings: PublishSettings, publication: Publication, target: Target) -> str:
+    """Makes repository and branch if need be, sends the files and commits them all at once; the commit's address."""
+    repo_id, head = settings.repo_id, target.head
+    if head is None:
+        api.create_repo(repo_id, private=settings.private or None, exist_ok=True)
+        head = api.model_info(repo_id).sha
+    if not target.branch_exists:
+        api.create_branch(repo_id, branch=settings.revision, revision=head, exist_ok=True)
+    operations = [CommitOperationAdd(path, content) for path, content in publication.files.items()]
+    operations += [CommitOperationDelete(path) for path in target.stale]
+    commit = api.create_commit(
+        repo_id,
+        operations,
+        commit_message=f"Publish {repo_id.partition('/')[2]} with raptor_hf",
+        revision=settings.revision,
+        create_pr=settings.create_pr,
+        parent_commit=head,  # refused if someone else commits meanwhile
+    )
+    if commit.oid == head:
+        return f"nothing has changed: {commit.commit_url}"
+    return commit.pr_url or commit.commit_url
+
+
+if __name__ == "__main__":
+    main()
