@@ -11,7 +11,18 @@ from transformers.configuration_utils import PreTrainedConfig
 
 FFN_TYPES = ("mlp", "swiglu")
 DEPTH_CONDITIONINGS = ("none", "scale", "embedding", "low_rank")
-EMBEDDING_TYPES = ("dinov2_with_registers", "dinov2")
+# family of the teacher -> registers among the tokens of its embedding, None where the teacher's configuration says;
+# DeiT's distillation token is one
+NUM_REGISTERS = {
+    "dinov2_with_registers": None,
+    "dinov2": 0,
+    "vit": 0,
+    "deit": 1,
+    "vit_mae": 0,
+    "clip_vision_model": 0,
+    "siglip_vision_model": 0,
+}
+EMBEDDING_TYPES = tuple(NUM_REGISTERS)
 # which class of the flat files each Auto class finds, where raptor_hf is not installed
 AUTO_MAP = {
     "AutoConfig": "configuration_raptor.RaptorConfig",
@@ -22,7 +33,7 @@ AUTO_MAP = {
     "AutoModelForDepthEstimation": "modeling_raptor.RaptorForDepthEstimation",
     "AutoImageProcessor": "image_processing_raptor.RaptorImageProcessor",
 }
-# what a teacher's configuration and ours share, under the same names
+# what a teacher's configuration and ours share, under the same names, as far as the teacher has them
 TEACHER_FIELDS = (
     "hidden_size",
     "num_attention_heads",
@@ -93,10 +104,12 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         drop_path_rate (`float`, *optional*, defaults to 0.0):
             Stochastic depth, per sample and residual branch.
         num_register_tokens (`int`, *optional*, defaults to 4):
-            Register tokens between the cls token and the patches. Always 0 for `embedding_type="dinov2"`.
+            Register tokens between the cls token and the patches. 1 for `embedding_type="deit"`, whose distillation
+            token it is; otherwise 0 but for `"dinov2_with_registers"`.
         embedding_type (`str`, *optional*, defaults to `"dinov2_with_registers"`):
-            Which embedding is wrapped, `"dinov2_with_registers"` or `"dinov2"`: only the first antialiases when it
-            interpolates positions.
+            Which teacher's embedding is wrapped: `"dinov2_with_registers"`, `"dinov2"`, `"vit"`, `"deit"`, `"vit_mae"`,
+            `"clip_vision_model"` or `"siglip_vision_model"`. Only the first antialiases when it interpolates positions,
+            CLIP's ends with a LayerNorm, and SigLIP's has no cls token: heads read the mean patch in its place.
         apply_layernorm (`bool`, *optional*, defaults to `True`):
             Whether the backbone normalises its feature maps.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`):
@@ -200,9 +213,14 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         return len(self.block_repeats)
 
     @property
+    def has_cls(self) -> bool:
+        """Whether the first token is a cls token."""
+        return self.embedding_type != "siglip_vision_model"
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: cls and registers."""
-        return 1 + self.num_register_tokens
+        return self.has_cls + self.num_register_tokens
 
     @property
     def block_layers(self) -> tuple[tuple[int, ...], ...]:
@@ -273,8 +291,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         family = config_dict.get("model_type", cls.model_type)
         if family != cls.model_type:
             raise ValueError(
-                f"model_type is {family!r}; RaptorConfig reads {cls.model_type!r} only. For a student of a DINOv2 "
-                "teacher: RaptorConfig.from_teacher(teacher_config, block_repeats)."
+                f"model_type is {family!r}; RaptorConfig reads {cls.model_type!r} only. For a student of a teacher: "
+                "RaptorConfig.from_teacher(teacher_config, block_repeats)."
             )
         names = {*cls.__dataclass_fields__, "out_features", "out_indices", "num_hidden_layers", "num_blocks"}
         given = {name: kwargs.pop(name) for name in names & kwargs.keys()}
@@ -292,11 +310,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         cls, teacher_config: PreTrainedConfig, block_repeats: tuple[int, ...] | list[int], **overrides: Any
     ) -> "RaptorConfig":
         """
-        Configuration of a student of a DINOv2 teacher.
+        Configuration of a student of a teacher of any family that `embedding_type` names.
 
         Args:
             teacher_config (`PreTrainedConfig`):
-                A `Dinov2Config` or `Dinov2WithRegistersConfig`.
+                A `Dinov2WithRegistersConfig`, `ViTConfig`, `CLIPVisionConfig`, ...
             block_repeats (`tuple[int, ...]`):
                 Steps per block; they must sum to the teacher's number of layers.
             **overrides:
@@ -308,16 +326,17 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         family = teacher_config.model_type
         if family not in EMBEDDING_TYPES:
-            raise ValueError(f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.")
-        fields = {name: getattr(teacher_config, name) for name in TEACHER_FIELDS}
-        inner = int(teacher_config.hidden_size * teacher_config.mlp_ratio)
-        if teacher_config.use_swiglu_ffn:
-            # DINOv2's SwiGLU keeps two thirds of the width, rounded up to a multiple of 8
-            fields |= {"ffn_type": "swiglu", "intermediate_size": (int(inner * 2 / 3) + 7) // 8 * 8}
-        else:
-            fields |= {"ffn_type": "mlp", "intermediate_size": inner}
+            reason = " Its positions turn queries and keys, and blocks see none." if family == "dinov3_vit" else ""
+            raise ValueError(
+                f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.{reason}"
+            )
+        fields = {name: getattr(teacher_config, name) for name in TEACHER_FIELDS if hasattr(teacher_config, name)}
+        if hasattr(teacher_config, "attention_dropout"):
+            fields["attention_probs_dropout_prob"] = teacher_config.attention_dropout
+        fields |= _ffn_of(teacher_config)
         fields["embedding_type"] = family
-        fields["num_register_tokens"] = getattr(teacher_config, "num_register_tokens", 0)
+        registers = NUM_REGISTERS[family]
+        fields["num_register_tokens"] = teacher_config.num_register_tokens if registers is None else registers
         fields["id2label"], fields["label2id"] = teacher_config.id2label, teacher_config.label2id
         config = cls(block_repeats=tuple(block_repeats), **(fields | overrides))
         if config.num_hidden_layers != teacher_config.num_hidden_layers:
@@ -349,10 +368,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        if self.num_register_tokens < 0 or (self.embedding_type == "dinov2" and self.num_register_tokens != 0):
+        registers = NUM_REGISTERS[self.embedding_type]
+        if self.num_register_tokens < 0 or registers not in (None, self.num_register_tokens):
             raise ValueError(
-                f"num_register_tokens is {self.num_register_tokens}; it must be 0 for embedding_type 'dinov2' "
-                "and at least 0 otherwise."
+                f"num_register_tokens is {self.num_register_tokens}; it must be "
+                f"{'at least 0' if registers is None else registers} for embedding_type {self.embedding_type!r}."
             )
         names = self.segmentation_id2label
         if names is not None and sorted(names) != list(range(self.num_segmentation_labels)):
@@ -435,6 +455,17 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} is {kwargs[name]}; RaptorConfig takes ffn_type ({' or '.join(FFN_TYPES)}) and "
                     "intermediate_size instead."
                 )
+
+
+def _ffn_of(teacher_config: PreTrainedConfig) -> dict[str, Any]:
+    """Kind and width of the FFN of a teacher."""
+    if not hasattr(teacher_config, "mlp_ratio"):
+        return {"ffn_type": "mlp", "intermediate_size": teacher_config.intermediate_size}
+    inner = int(teacher_config.hidden_size * teacher_config.mlp_ratio)
+    if not teacher_config.use_swiglu_ffn:
+        return {"ffn_type": "mlp", "intermediate_size": inner}
+    # DINOv2's SwiGLU keeps two thirds of the width, rounded up to a multiple of 8
+    return {"ffn_type": "swiglu", "intermediate_size": (int(inner * 2 / 3) + 7) // 8 * 8}
 
 
 def _is_count(value: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_raptor import TEACHER_FIELDS, RaptorConfig
+from .families import build_dinov2, count_parameters, find_classifier
 from .modeling_raptor import (
     RaptorEncoder,
     RaptorForImageClassification,
@@ -24,7 +25,7 @@ from .modeling_raptor import (
     StepModulation,
 )
 from .phases import Partition
-from .teacher import Teacher, build_dinov2, count_parameters, find_classifier
+from .teacher import Teacher
 
 __all__ = ["BlockInit", "count_parameters", "load_meta_linear_head", "student_from_teacher", "to_dinov2"]
 
@@ -42,6 +43,7 @@ SHARED_FIELDS = (
 )
 BLOCK_FIELDS = ("ffn_type", "intermediate_size", "hidden_act", "num_attention_heads", "qkv_bias")
 
+DINOV2 = ("dinov2", "dinov2_with_registers")
 NOT_IN_DINOV2 = {
     "scale": "it scales the tokens after every step, residual included, which no DINOv2 layer does",
     "embedding": "it adds a vector to the tokens before every step, residual included, which no DINOv2 layer does",
@@ -60,7 +62,8 @@ def student_from_teacher(
     With `block_repeats=(1,) * L` and an `init` other than "random" the student computes what the teacher does.
 
     Args:
-        teacher: a teacher, or a DINOv2 model with or without a classifier, which is left as it is.
+        teacher: a teacher, or a model of a family that `RaptorConfig.embedding_type` names, with or without a
+            classifier, which is left as it is.
         block_repeats: steps per block, summing to the teacher's layers, or a partition of these.
         init: what the blocks start from. "random" is the initialisation of `RaptorPreTrainedModel`; "first" and
             "middle" copy the first or the middle layer (the earlier one of two) of those that the block stands for,
@@ -70,7 +73,8 @@ def student_from_teacher(
             stands for the layers that `RaptorConfig.block_layers` says.
 
     Returns:
-        The student in float32 and eval mode on the CPU, with a classifier if the teacher has one.
+        The student in float32 and eval mode on the CPU, with a classifier if the teacher has one that a student can
+        have, see `Teacher.classifier_state_dict`.
 
     Raises:
         ValueError: if `init` is unknown, the repeats do not fit the teacher, or an overridden field keeps the teacher's
@@ -82,7 +86,8 @@ def student_from_teacher(
         # a Teacher freezes its model; the caller's must stay as it is
         teacher = Teacher(copy.deepcopy(teacher))
     config = _student_config(teacher, block_repeats, init, config_overrides)
-    student_class = RaptorModel if teacher.classifier is None else RaptorForImageClassification
+    classifier = teacher.classifier_state_dict()
+    student_class = RaptorModel if classifier is None else RaptorForImageClassification
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.default_generator.manual_seed(seed)
@@ -90,8 +95,8 @@ def student_from_teacher(
     base = student.base_model
     base.embeddings.load_state_dict(teacher.embeddings_state_dict())
     base.layernorm.load_state_dict(teacher.layernorm_state_dict())
-    if teacher.classifier is not None:
-        student.classifier.load_state_dict(teacher.classifier_state_dict())
+    if classifier is not None:
+        student.classifier.load_state_dict(classifier)
     if init != "random":
         for block, layers in zip(base.encoder.blocks, config.block_layers, strict=True):
             block.load_state_dict(_initial_weights(teacher, layers, init))
@@ -104,7 +109,7 @@ def to_dinov2(student: RaptorForImageClassification | RaptorModel) -> PreTrained
     "low_rank" conditioning is merged into the weights of every layer, in float64; the mask token is zero.
 
     Args:
-        student: with depth conditioning "none" or "low_rank".
+        student: of a DINOv2 teacher, with depth conditioning "none" or "low_rank".
 
     Returns:
         A `Dinov2Model` or `Dinov2WithRegistersModel`, or their `...ForImageClassification` if the student has a
@@ -144,11 +149,11 @@ def load_meta_linear_head(
     Raises:
         ValueError: if the model has no such classifier, or the head is of another kind or size.
     """
-    classifier = find_classifier(model)
-    if classifier is None:
+    classifier = find_classifier(model) if model.config.model_type in ("raptor", *DINOV2) else None
+    if classifier is None or classifier.in_features != 2 * model.config.hidden_size:
         raise ValueError(
             f"model is a {type(model).__name__} with num_labels={model.config.num_labels}; it must be a Raptor or "
-            "DINOv2 ...ForImageClassification with num_labels above 0"
+            "DINOv2 ...ForImageClassification with num_labels above 0 and a cls token"
         )
     if isinstance(path_or_state_dict, Mapping):
         head = path_or_state_dict
@@ -185,7 +190,7 @@ def _student_config(
     fields = SHARED_FIELDS
     if init != "random":
         fields += BLOCK_FIELDS
-    if teacher.classifier is not None:
+    if teacher.classifier_state_dict() is not None:
         fields += ("num_labels",)
     for name in fields:
         value, expected = getattr(config, name), getattr(unchanged, name)
@@ -231,6 +236,11 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
 
 
 def _dinov2_config(config: RaptorConfig) -> PreTrainedConfig:
+    if config.embedding_type not in DINOV2:
+        raise ValueError(
+            f"embedding_type={config.embedding_type!r} cannot become DINOv2; the student's must be one of "
+            f"{', '.join(DINOV2)}"
+        )
     if config.depth_conditioning in NOT_IN_DINOV2:
         raise ValueError(
             f"depth_conditioning={config.depth_conditioning!r} cannot become DINOv2: "

@@ -33,9 +33,9 @@ def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) ->
     return max(0.0, 1.0 - step / length) if length > 0 else 0.0
 
 
-def token_group_sizes(num_tokens: int, num_registers: int) -> tuple[int, int, int]:
+def token_group_sizes(num_tokens: int, num_registers: int, has_cls: bool = True) -> tuple[int, int, int]:
     """Tokens in each of `TOKEN_GROUPS`, in their order in the sequence."""
-    return 1, num_registers, num_tokens - 1 - num_registers
+    return int(has_cls), num_registers, num_tokens - has_cls - num_registers
 
 
 def group_weights(weights: list[float], sizes: tuple[int, int, int]) -> list[float]:
@@ -66,6 +66,7 @@ class TrajectoryLoss:
         num_registers: R, to tell the token groups apart.
         layer_scale: (L + 1,), what the error of each layer is divided by: the teacher's standard deviation in that
             layer for a normalised loss; `None` for none.
+        has_cls: whether the first token is a cls token.
 
     Raises:
         ValueError: unknown `kind`.
@@ -74,6 +75,7 @@ class TrajectoryLoss:
     kind: str = "mse"
     num_registers: int = 0
     layer_scale: Tensor | None = None
+    has_cls: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("mse", "frobenius"):
@@ -94,7 +96,7 @@ class TrajectoryLoss:
         error = student.float() - teacher.float()
         if self.layer_scale is not None:
             error = error / self.layer_scale[layer]
-        sizes = token_group_sizes(error.shape[1], self.num_registers)
+        sizes = token_group_sizes(error.shape[1], self.num_registers, self.has_cls)
         if self.kind == "frobenius":
             return self._frobenius(error, sizes, weights)
         if weights is None:

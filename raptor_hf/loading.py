@@ -7,7 +7,8 @@
 Training sees one endless sequence of positions: epoch after epoch, each a permutation drawn from (seed, epoch). Step t
 takes the positions t B to (t + 1) B - 1, and process r of n the r-th n-th of them. Nothing else decides what is in a
 batch, so a run that stops and goes on, or goes on with another number of processes or workers, sees the images it would
-have seen. An image that cannot be read is replaced by the next one of the same sequence, which keeps that true.
+have seen. An image that cannot be read is replaced by the next one of the same sequence, which keeps that true. So does
+augmentation: each image gets a generator of its own, seeded from (seed, place in the sequence).
 """
 
 import itertools
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
+import PIL.Image
 import torch
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
@@ -25,9 +27,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 from transformers.image_processing_utils import BaseImageProcessor
 
-from raptor_hf.data import ImageDecodeError, ImageSet
+from .data import ImageDecodeError, ImageSet
+from .dense import DenseSet
 
 logger = logging.getLogger(__name__)
+
+# Image, its label or map, and the generator of its place in the sequence -> image and label or map.
+Augment = Callable[[PIL.Image.Image, Any, np.random.Generator], tuple[PIL.Image.Image, Any]]
+# Images and their labels or maps -> the tensors of a batch.
+Collate = Callable[[list[PIL.Image.Image], list[Any]], dict[str, Tensor]]
 
 
 class Batch(TypedDict):
@@ -37,7 +45,7 @@ class Batch(TypedDict):
         pixel_values: processed images, (b, 3, H, W), float32.
         names: of the images, b of them.
         failures: name to reason, for the images that could not be read while making this batch.
-        labels: class labels, (b,), int64; only if the image set has labels.
+        labels: class labels, (b,), int64, or maps, (b, H, W), as the collation makes them; only if there are labels.
     """
 
     pixel_values: Tensor
@@ -108,7 +116,7 @@ class ImageLoader:
 
 
 def train_loader(
-    images: ImageSet,
+    images: ImageSet | DenseSet,
     processor: BaseImageProcessor,
     *,
     batch_size: int,
@@ -121,6 +129,8 @@ def train_loader(
     shuffle: bool = True,
     shuffle_buffer: int = 1000,
     max_failures: int = 100,
+    augment: Augment | None = None,
+    collate: Collate | None = None,
 ) -> ImageLoader:
     """Makes the batches of a training run, or of the rest of one.
 
@@ -131,7 +141,7 @@ def train_loader(
 
     Args:
         images: what to train on.
-        processor: turns a list of RGB images into `pixel_values`.
+        processor: turns a list of RGB images into `pixel_values`; not used where there is a `collate`.
         batch_size: B, images per step in all processes together.
         seed: of the order, not negative.
         num_steps: steps of the whole run; the loader yields those from `start_step` on.
@@ -142,19 +152,24 @@ def train_loader(
         shuffle: whether to permute every epoch; otherwise each runs in the order of the set.
         shuffle_buffer: undecoded images that each worker holds to shuffle a stream.
         max_failures: unreadable images that each process puts up with.
+        augment: changes an image and its label or map; all its randomness must come from the generator it is given,
+            and `num_workers` other than 0 may need it to be picklable.
+        collate: makes tensors of the images and labels or maps of a batch, as those of `raptor_hf.transforms` do; None
+            is the processor, and class labels as they are.
 
     Returns:
         The loader, with `num_steps - start_step` batches of B / n images.
 
     Raises:
-        ValueError: if the batch does not divide among the processes, or a number is out of range.
+        ValueError: if the batch does not divide among the processes, a number is out of range, or maps come without a
+            `collate`.
     """
     size = _local_size(batch_size, process_index, num_processes)
     if not 0 <= start_step <= num_steps:
         raise ValueError(f"start_step={start_step} must be between 0 and num_steps={num_steps}")
     if seed < 0:
         raise ValueError(f"seed={seed} must not be negative")
-    reader = _Reader(images, processor, max_failures)
+    reader = _Reader(images, _collation(images, processor, collate), max_failures, augment, seed)
     # The loader seeds its workers; by a generator of its own it leaves torch's global one, the run's, alone.
     options = {"num_workers": num_workers, "generator": torch.Generator().manual_seed(seed)}
     if images.streaming:
@@ -168,7 +183,7 @@ def train_loader(
 
 
 def eval_loader(
-    images: ImageSet,
+    images: ImageSet | DenseSet,
     processor: BaseImageProcessor,
     *,
     batch_size: int,
@@ -177,6 +192,7 @@ def eval_loader(
     num_workers: int = 0,
     limit: int | None = None,
     max_failures: int = 100,
+    collate: Collate | None = None,
 ) -> ImageLoader:
     """Makes batches of every image once, in the order of the set; those that cannot be read are left out.
 
@@ -186,24 +202,26 @@ def eval_loader(
 
     Args:
         images: what to evaluate on.
-        processor: turns a list of RGB images into `pixel_values`.
+        processor: turns a list of RGB images into `pixel_values`; not used where there is a `collate`.
         batch_size: images per batch in all processes together.
         process_index: of this process.
         num_processes: among which the images are shared.
         num_workers: worker processes of this process, 0 to read in the process itself.
         limit: use only so many images from the start of the set, all processes together.
         max_failures: unreadable images that each process puts up with.
+        collate: as in `train_loader`.
 
     Returns:
         The loader; it may be iterated again. For a stream it has no length.
 
     Raises:
-        ValueError: if the batch does not divide among the processes, or a number is out of range.
+        ValueError: if the batch does not divide among the processes, a number is out of range, or maps come without a
+            `collate`.
     """
     size = _local_size(batch_size, process_index, num_processes)
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be positive, or None for all images")
-    reader = _Reader(images, processor, max_failures)
+    reader = _Reader(images, _collation(images, processor, collate), max_failures)
     options = {"num_workers": num_workers, "persistent_workers": num_workers > 0, "generator": torch.Generator()}
     if images.streaming:
         rows = _Stream(images.dataset, limit=limit)
@@ -241,28 +259,70 @@ class EpochOrder:
 
 
 @dataclass
+class _Classification:
+    """The collation of images with class labels, or without."""
+
+    processor: BaseImageProcessor
+    has_labels: bool
+
+    def __call__(self, images: list[PIL.Image.Image], labels: list[int | None]) -> dict[str, Tensor]:
+        batch = {"pixel_values": self.processor(images=images, return_tensors="pt")["pixel_values"]}
+        if self.has_labels:
+            batch["labels"] = torch.tensor(labels, dtype=torch.int64)
+        return batch
+
+
+def _collation(images: ImageSet | DenseSet, processor: BaseImageProcessor, collate: Collate | None) -> Collate:
+    if collate is None and isinstance(images, DenseSet):
+        raise ValueError(
+            f"{images.title} holds maps, which need a collate that fits them to their images; "
+            "SegmentationCollate or DepthCollate of raptor_hf.transforms would do"
+        )
+    return _Classification(processor, images.has_labels) if collate is None else collate
+
+
+@dataclass
 class _Reader:
     """Reads rows into batches; what every worker has."""
 
-    images: ImageSet
-    processor: BaseImageProcessor
+    images: ImageSet | DenseSet
+    collate: Collate
     max_failures: int
+    augment: Augment | None = None
+    seed: int = 0
 
-    def filled(self, row_at: Callable[[int], tuple[dict[str, Any], int | None]], positions: Iterable[int]) -> Batch:
-        """Makes a full batch: where a row cannot be read, the one at the next position that can be takes its place."""
+    def filled(
+        self,
+        row_at: Callable[[int], tuple[dict[str, Any], int | None]],
+        positions: Iterable[int],
+        places: Iterable[int],
+    ) -> Batch:
+        """Makes a full batch: where a row cannot be read, the one at the next position that can be takes its place.
+
+        Args:
+            row_at: gives the row at a position, and its index.
+            positions: of the rows that make up the batch.
+            places: the same in the sequence of the whole run, which differ where a reader has a share of a stream.
+
+        Returns:
+            The batch, augmented.
+        """
         items, failures = [], {}
-        for position in positions:
+        for position, place in zip(positions, places, strict=True):
             failures_here = {}
             for tries, candidate in enumerate(itertools.count(position)):
                 if tries > self.max_failures:  # in a row: without an end to it, a set of damaged images would hang
                     raise _too_many(f"{tries} images in a row", self.max_failures, failures_here)
                 try:
-                    items.append(self.images.read_row(*row_at(candidate)))
+                    name, image, label = self.images.read_row(*row_at(candidate))
                     break
                 except ImageDecodeError as error:
                     failures_here[error.name] = error.reason
             failures |= failures_here
-        return self._process(items, failures)
+            if self.augment is not None:
+                image, label = self.augment(image, label, np.random.default_rng((self.seed, place)))
+            items.append((name, image, label))
+        return self._collated(items, failures)
 
     def sifted(self, rows: Iterable[tuple[dict[str, Any], int | None]]) -> Batch:
         """Makes a batch of the rows that can be read."""
@@ -272,16 +332,13 @@ class _Reader:
                 items.append(self.images.read_row(row, index))
             except ImageDecodeError as error:
                 failures[error.name] = error.reason
-        return self._process(items, failures)
+        return self._collated(items, failures)
 
-    def _process(self, items: list[tuple[str, Any, int | None]], failures: dict[str, str]) -> Batch:
-        names, pictures, labels = map(list, zip(*items, strict=True)) if items else ([], [], [])
-        batch = {"names": names, "failures": failures}
-        if pictures:
-            batch["pixel_values"] = self.processor(images=pictures, return_tensors="pt")["pixel_values"]
-        if self.images.has_labels:
-            batch["labels"] = torch.tensor(labels, dtype=torch.int64)
-        return batch
+    def _collated(self, items: list[tuple[str, PIL.Image.Image, Any]], failures: dict[str, str]) -> Batch:
+        if not items:
+            return {"names": [], "failures": failures}
+        names, images, labels = map(list, zip(*items, strict=True))
+        return {"names": names, "failures": failures, **self.collate(images, labels)}
 
 
 @dataclass
@@ -300,7 +357,7 @@ class _Batches(torch.utils.data.Dataset):
             index = self.order(position)
             return dataset[index], index
 
-        return self.reader.filled(row_at, positions)
+        return self.reader.filled(row_at, positions, positions)
 
 
 @dataclass
@@ -378,12 +435,13 @@ class _StreamedSteps(torch.utils.data.IterableDataset):
         worker, num_workers = _worker()
         # The loader asks worker 0 first, at whatever step it starts: that worker takes over the share whose turn it is.
         first_step = self.start_step + worker
-        done, share = divmod(first_step, num_workers)
-        rank = self.process_index * num_workers + share
+        rank = self.process_index * num_workers + first_step % num_workers
         window = _Window(self.rows.forever(rank, self.num_processes * num_workers))
-        for batch in range(done, done + len(range(first_step, self.num_steps, num_workers))):
-            window.move_to(batch * self.size)
-            yield self.reader.filled(window, range(batch * self.size, (batch + 1) * self.size))
+        for step in range(first_step, self.num_steps, num_workers):
+            first = step // num_workers * self.size  # in the share
+            window.move_to(first)
+            place = (step * self.num_processes + self.process_index) * self.size
+            yield self.reader.filled(window, range(first, first + self.size), range(place, place + self.size))
 
 
 @dataclass

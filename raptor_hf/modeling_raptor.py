@@ -47,7 +47,13 @@ class RaptorPatchEmbeddings(nn.Module):
         self.patch_size = as_pair(config.patch_size)
         self.num_channels = config.num_channels
         self.num_patches = math.prod(i // p for i, p in zip(self.image_size, self.patch_size, strict=True))
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
+        self.projection = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            self.patch_size,
+            self.patch_size,
+            bias=config.embedding_type != "clip_vision_model",
+        )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
@@ -66,29 +72,35 @@ class RaptorPatchEmbeddings(nn.Module):
 
 
 class RaptorEmbeddings(nn.Module):
-    """The teacher's embeddings: images (B, C, H, W) to tokens (B, 1 + R + P, D), ordered cls, registers, patches."""
+    """The teacher's embeddings: images (B, C, H, W) to tokens (B, T, D), ordered cls, registers, patches.
+
+    T = 1 + R + P, without cls P. For CLIP the norm between embeddings and layers belongs to it.
+    """
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
         self.antialias = config.embedding_type == "dinov2_with_registers"
         self.patch_embeddings = RaptorPatchEmbeddings(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.has_cls else None
         self.register_tokens = (
             nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
             if config.num_register_tokens
             else None
         )
         self.position_embeddings = nn.Parameter(
-            torch.zeros(1, 1 + self.patch_embeddings.num_patches, config.hidden_size)
+            torch.zeros(1, config.has_cls + self.patch_embeddings.num_patches, config.hidden_size)
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        has_norm = config.embedding_type == "clip_vision_model"
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else None
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
         """
         Position embeddings for images of `height` x `width` pixels.
 
         Returns:
-            `torch.Tensor`: (1, 1 + P, D); bicubic, in float32, antialiased for DINOv2 with registers only.
+            `torch.Tensor`: (1, 1 + P, D), without cls (1, P, D); bicubic, in float32, antialiased for DINOv2 with
+            registers only.
         """
         patch_height, patch_width = self.patch_embeddings.patch_size
         size = torch_int(height // patch_height), torch_int(width // patch_width)
@@ -96,21 +108,24 @@ class RaptorEmbeddings(nn.Module):
         if size == (side, side):
             return self.position_embeddings
         dim = self.position_embeddings.shape[-1]
-        grid = self.position_embeddings[:, 1:].reshape(1, side, side, dim).permute(0, 3, 1, 2)
+        first = 0 if self.cls_token is None else 1
+        grid = self.position_embeddings[:, first:].reshape(1, side, side, dim).permute(0, 3, 1, 2)
         grid = nn.functional.interpolate(
             grid.float(), size=size, mode="bicubic", align_corners=False, antialias=self.antialias
         )
         grid = grid.to(self.position_embeddings.dtype).flatten(2).transpose(1, 2)
-        return torch.cat((self.position_embeddings[:, :1], grid), dim=1)
+        return torch.cat((self.position_embeddings[:, :first], grid), dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embeddings(pixel_values)
-        positions = self.interpolate_pos_encoding(pixel_values.shape[2], pixel_values.shape[3])
-        tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1) + positions
+        tokens = self.patch_embeddings(pixel_values)
+        if self.cls_token is not None:
+            tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        tokens = tokens + self.interpolate_pos_encoding(pixel_values.shape[2], pixel_values.shape[3])
         if self.register_tokens is not None:
-            registers = self.register_tokens.expand(patches.shape[0], -1, -1)
+            registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
             tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
-        return self.dropout(tokens)
+        tokens = self.dropout(tokens)
+        return tokens if self.norm is None else self.norm(tokens)
 
 
 class StepModulation(NamedTuple):
@@ -515,7 +530,8 @@ class RaptorPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Conv2d):
             init.trunc_normal_(module.weight, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -531,7 +547,8 @@ class RaptorPreTrainedModel(PreTrainedModel):
             init.zeros_(module.depth_embeddings)
         elif isinstance(module, RaptorEmbeddings):
             init.trunc_normal_(module.position_embeddings, std=std)
-            init.trunc_normal_(module.cls_token, std=std)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, std=std)
             if module.register_tokens is not None:
                 init.zeros_(module.register_tokens)
 
@@ -656,14 +673,14 @@ class RaptorModel(RaptorPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output`
-            (B, D) its cls token; on request `hidden_states`, one more than there are steps, before the final norm, and
-            `attentions`, one per step.
+            (B, D) its cls token, or its mean patch where there is none; on request `hidden_states`, one more than there
+            are steps, before the final norm, and `attentions`, one per step.
         """
         encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)
         tokens = self.layernorm(encoded.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
-            pooler_output=tokens[:, 0],
+            pooler_output=_summary_token(tokens, self.config)[:, 0],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
@@ -730,13 +747,17 @@ class RaptorBackbone(BackboneMixin, RaptorPreTrainedModel):
 
 
 class RaptorForImageClassification(RaptorPreTrainedModel):
-    """A linear layer on [cls, mean patch] after the final LayerNorm, DINOv2's classification head."""
+    """A linear layer on [cls, mean patch] after the final LayerNorm, DINOv2's classification head.
+
+    Without a cls token it is on the mean patch alone.
+    """
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.raptor = RaptorModel(config)
-        self.classifier = RaptorHead(2 * config.hidden_size, config.num_labels) if config.num_labels else nn.Identity()
+        width = (config.has_cls + 1) * config.hidden_size
+        self.classifier = RaptorHead(width, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -769,8 +790,12 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the head reads: [cls, mean patch], (B, 2 D), of the tokens after the final LayerNorm, (B, T, D)."""
-        return torch.cat((tokens[:, 0], tokens[:, self.config.num_prefix_tokens :].mean(dim=1)), dim=1)
+        """
+        What the head reads: [cls, mean patch], (B, 2 D), without cls the mean patch, (B, D), of the tokens after the
+        final LayerNorm, (B, T, D).
+        """
+        mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
+        return torch.cat((tokens[:, 0], mean), dim=1) if self.config.has_cls else mean
 
     def predict(
         self,
@@ -841,7 +866,10 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
 
 
 class RaptorForDepthEstimation(RaptorPreTrainedModel):
-    """Depth in metres as the expectation over bins: a linear layer on [patch, cls], its logits upsampled four times."""
+    """Depth in metres as the expectation over bins: a linear layer on [patch, cls], its logits upsampled four times.
+
+    The mean patch stands for cls where there is none.
+    """
 
     upsampling = 4
     sigma_weight = 10.0
@@ -888,7 +916,8 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         """What the head reads: cls and patches, (B, 1 + P, D), of the tokens after the final LayerNorm, (B, T, D)."""
-        return torch.cat((tokens[:, :1], tokens[:, self.config.num_prefix_tokens :]), dim=1)
+        patches = tokens[:, self.config.num_prefix_tokens :]
+        return torch.cat((_summary_token(tokens, self.config), patches), dim=1)
 
     def predict(
         self, features: torch.Tensor, image_size: tuple[int, int], labels: torch.Tensor | None = None
@@ -923,6 +952,11 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
         target = torch.where(in_range, bin_index, -100).long()
         cross_entropy = nn.functional.cross_entropy(logits, target, reduction="sum") / in_range.sum().clamp(min=1)
         return self.sigma_weight * sigma + cross_entropy
+
+
+def _summary_token(tokens: torch.Tensor, config: RaptorConfig) -> torch.Tensor:
+    """The cls token of tokens (B, T, D), or their mean patch where there is none, (B, 1, D)."""
+    return tokens[:, :1] if config.has_cls else tokens[:, config.num_prefix_tokens :].mean(dim=1, keepdim=True)
 
 
 def _patch_grid(values: torch.Tensor, image_size: tuple[int, int], config: RaptorConfig) -> torch.Tensor:

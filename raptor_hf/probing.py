@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conversion import load_meta_linear_head, student_from_teacher
+from .families import find_classifier
 from .hub import list_heads
 from .metrics import NYU_SIZE, Accumulator, DepthErrors, MeanIoU, TopKAccuracy
 from .modeling_raptor import (
@@ -29,7 +30,7 @@ from .modeling_raptor import (
     RaptorModel,
     RaptorPreTrainedModel,
 )
-from .teacher import load_teacher
+from .teacher import load_teacher, untrained
 
 Task = Literal["image-classification", "semantic-segmentation", "depth-estimation"]
 
@@ -97,7 +98,12 @@ class Backbone:
 
 
 def load_backbone(
-    name_or_path: str, *, revision: str | None = None, num_layers: int | None = None, variant: str | None = None
+    name_or_path: str,
+    *,
+    revision: str | None = None,
+    num_layers: int | None = None,
+    variant: str | None = None,
+    reinitialize: bool = False,
 ) -> Backbone:
     """Loads a student as it is, and a teacher as the Raptor with one block per layer, which computes the same.
 
@@ -106,6 +112,7 @@ def load_backbone(
         revision: branch, tag or commit.
         num_layers: keep only the first of the teacher's layers, a compression baseline; None keeps all.
         variant: head of a student to load with it; None is its own.
+        reinitialize: replace a teacher's weights by random ones, seed 0, for the measure of what training gave it.
 
     Raises:
         ValueError: if a student is to be cut, there are not so many layers, or the model is of no supported family.
@@ -119,11 +126,17 @@ def load_backbone(
         variant = "teacher"  # the name that a student's own head gets when others join it
     teacher = load_teacher(name_or_path, revision=revision, layers=layers, variant=variant)
     if teacher.family == "raptor":
-        if num_layers is not None:
-            raise ValueError(f"num_layers is {num_layers}, but {name_or_path} is a Raptor; only a teacher can be cut")
+        if num_layers is not None or reinitialize:
+            raise ValueError(
+                f"num_layers is {num_layers} and reinitialize {reinitialize}, but {name_or_path} is a Raptor; only a "
+                "teacher can be cut or reinitialized"
+            )
         model, folder = teacher.model, local if local.is_dir() else None
     else:
-        model, folder = student_from_teacher(teacher, (1,) * teacher.num_layers, init="first").base_model, None
+        teacher = untrained(teacher) if reinitialize else teacher
+        student = student_from_teacher(teacher, (1,) * teacher.num_layers, init="first")
+        # a ViT's is on cls alone; the student has it in its own form
+        return Backbone(student.base_model.eval(), find_classifier(student), None, name_or_path, teacher.revision)
     return Backbone(model.eval(), teacher.classifier, folder, name_or_path, teacher.revision)
 
 

@@ -6,13 +6,14 @@
     teacher.run_layers(states[:, 3], [4, 5, 5])        # on from any state, by any layers, (B, 4, T, D)
     teacher.block_state_dict(7)                        # layer 7, as the weights of a RaptorBlock
 
-Nothing else in the package knows how a foreign model calls its parts. A further family is one more entry of `FAMILIES`.
+Which models those are, and where they keep their parts, is in `raptor_hf.families`.
 """
 
 import copy
+import functools
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +24,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-# Part of a RaptorBlock -> the modules of a DINOv2 layer that it stacks, in order. Where there are several, they are the
-# names of transformers from 5.23 on and those before, or those of the two kinds of FFN.
-DINOV2_BLOCK = {
-    "norm1": [("norm1",)],
-    "attention.qkv": [
-        ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
-    ],
-    "attention.proj": [("attention.o_proj",), ("attention.output.dense",)],
-    "layer_scale1": [("layer_scale1",)],
-    "norm2": [("norm2",)],
-    "ffn.fc1": [("mlp.fc1",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.weights_in",)],
-    "ffn.fc2": [("mlp.fc2",), ("mlp.down_proj",), ("mlp.weights_out",)],
-    "layer_scale2": [("layer_scale2",)],
-}
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the models of one `model_type` keep their parts, as paths of submodules of the model without a head.
-
-    Args:
-        layers: a list of modules; whenever one is called, it returns the next state.
-        embeddings: the module that returns states[0].
-        final_norm: the norm after the last layer.
-        has_cls: whether the first token is a cls token; register tokens follow it, then the patches.
-        block_parts: how a layer maps to a RaptorBlock, as `DINOV2_BLOCK`; empty if it cannot be one.
-    """
-
-    layers: str
-    embeddings: str = "embeddings"
-    final_norm: str = "layernorm"
-    has_cls: bool = True
-    block_parts: Mapping[str, list[tuple[str, ...]]] = field(default_factory=dict)
-
-
-FAMILIES = {
-    "dinov2": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK),
-    "dinov2_with_registers": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK),
-    # students, so that whatever analyses a teacher analyses them too
-    "raptor": Family(layers="encoder.blocks"),
-}
+from .configuration_raptor import as_pair
+from .families import (
+    FAMILIES,
+    check_family,
+    classifier_to_raptor,
+    count_parameters,
+    embeddings_to_raptor,
+    find_backbone,
+    find_classifier,
+    is_unused,
+    layer_to_raptor,
+    vision_config,
+)
 
 
 def load_teacher(
@@ -77,7 +49,7 @@ def load_teacher(
     layers: Sequence[int] | None = None,
     variant: str | None = None,
 ) -> "Teacher":
-    """Loads a teacher, with its classifier if the checkpoint has one.
+    """Loads a teacher, with its classifier if the checkpoint has one; of CLIP and SigLIP, the vision tower alone.
 
     Args:
         name_or_path: repository on the Hub, or a folder.
@@ -99,16 +71,19 @@ def load_teacher(
     """
     _check_exists(name_or_path)
     config = AutoConfig.from_pretrained(name_or_path, revision=revision)
-    _check_family(config, str(name_or_path))
-    has_classifier = any(name.endswith("ForImageClassification") for name in config.architectures or ())
+    check_family(config, str(name_or_path))
+    # DeiT's with two heads ends in ForImageClassificationWithTeacher
+    has_classifier = any("ForImageClassification" in name for name in config.architectures or ())
+    model_config = config if has_classifier else vision_config(config)
     auto_class = AutoModelForImageClassification if has_classifier else AutoModel
     options = {"attn_implementation": attn_implementation, "variant": variant}
     options = {name: value for name, value in options.items() if value is not None}
     model, info = auto_class.from_pretrained(
-        name_or_path, config=config, revision=revision, dtype=dtype, output_loading_info=True, **options
+        name_or_path, config=model_config, revision=revision, dtype=dtype, output_loading_info=True, **options
     )
     # transformers fills what is missing with random numbers
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith("mask_token"))
+    family = FAMILIES[vision_config(config).model_type]
+    missing = sorted(name for name in info["missing_keys"] if not is_unused(name, family))
     if config.model_type == "raptor" and missing == ["classifier.bias", "classifier.weight"]:
         model, missing = model.base_model, []  # its head has become one of several variants
     if missing:
@@ -123,20 +98,21 @@ def load_teacher(
 class Teacher(nn.Module):
     """A frozen model of a supported family, seen as the trajectory of its states.
 
-    It takes the model over: its parameters no longer require gradients, and it stays in eval mode.
+    It takes the model over: its parameters no longer require gradients, it stays in eval mode, and MAE no longer masks.
 
     Args:
-        model: with or without a head.
+        model: with or without a head; of CLIP or SigLIP with or without the text tower, which is left out.
         name: where it is from; None takes what the configuration says.
         revision: commit it is from, if known.
         layers: those whose states make up the trajectory, ascending, in 1 .. L; None takes all. With some of them it is
             the teacher of a shallower model, one layer of which stands for all up to the next of these.
 
     Attributes:
-        model: the model without a head.
+        model: the model without a head, as `find_backbone` finds it.
         layers: the model's layers that are layers of this teacher.
-        classifier: linear layer on [cls, mean patch] after the final norm, (2 D) to num_labels; None if there is none.
-        family: its `model_type`.
+        classifier: linear layer to num_labels, on one of the `heads` of its family: [cls, mean patch], 2 D wide, in
+            DINOv2 and students; cls in ViT; mean patch in CLIP and SigLIP. None if there is none.
+        family: the `model_type` of `model`.
 
     Raises:
         TypeError: if `model` is no transformers model.
@@ -154,16 +130,20 @@ class Teacher(nn.Module):
         super().__init__()
         if not isinstance(model, PreTrainedModel):
             raise TypeError(f"model is of type {type(model).__name__}; give a model, or load one with load_teacher")
-        _check_family(model.config, type(model).__name__)
+        check_family(model.config, type(model).__name__)
         self.name = model.config.name_or_path if name is None else name
         self.revision = revision
-        self.family = model.config.model_type
-        self.model = model.base_model
-        depth = model.config.num_hidden_layers
+        self.model = find_backbone(model)
+        self.family = self.model.config.model_type
+        depth = self.model.config.num_hidden_layers
         self.layers = tuple(range(1, depth + 1) if layers is None else layers)
         if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(1, depth + 1)}):
             raise ValueError(f"layers={self.layers} must be layers of the model in 1..{depth}, ascending, each once")
         self.classifier = find_classifier(model)
+        if self.classifier is not None and self.model.config is not model.config:
+            self.model.config.id2label, self.model.config.label2id = model.config.id2label, model.config.label2id
+        if FAMILIES[self.family].can_mask:
+            self.model.config.mask_ratio = 0.0
         self.requires_grad_(False)
         self.eval()
 
@@ -198,12 +178,13 @@ class Teacher(nn.Module):
     @property
     def has_cls(self) -> bool:
         """Whether the first token is a cls token."""
-        return FAMILIES[self.family].has_cls
+        # a student has what its teacher has
+        return getattr(self.config, "has_cls", FAMILIES[self.family].has_cls)
 
     @property
     def num_registers(self) -> int:
-        """R, register tokens between cls and patches."""
-        return getattr(self.config, "num_register_tokens", 0)
+        """R, register tokens between cls and patches; DeiT's distillation token counts as one."""
+        return getattr(self.config, "num_register_tokens", 0) + FAMILIES[self.family].num_extra_tokens
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -225,6 +206,17 @@ class Teacher(nn.Module):
         """Parameters without heads, as `count_parameters` counts them."""
         return count_parameters(self.model)
 
+    def forward(self, pixel_values: Tensor) -> Any:
+        """Runs the model's own forward pass, with all patches and for images of any size.
+
+        Args:
+            pixel_values: normalised images, (B, C, H, W), on the model's device.
+
+        Returns:
+            The model's own output.
+        """
+        return self.model(pixel_values.to(self.model.dtype), **self._image_arguments(pixel_values))
+
     @torch.no_grad()
     def trajectory(self, pixel_values: Tensor) -> Tensor:
         """Runs the model's own forward pass and keeps every state.
@@ -243,7 +235,7 @@ class Teacher(nn.Module):
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal states, num_calls
-            state = output[0] if isinstance(output, tuple) else output
+            state = _first(output)
             if states is None:
                 states = state.new_empty(state.shape[0], self.num_layers + 1, *state.shape[1:])
             if num_calls in places:
@@ -251,10 +243,11 @@ class Teacher(nn.Module):
             num_calls += 1
 
         family = FAMILIES[self.family]
-        modules = [self.model.get_submodule(family.embeddings), *self.model.get_submodule(family.layers)]
+        before = self.model.get_submodule(family.pre_norm or family.embeddings)
+        modules = [before, *self.model.get_submodule(family.layers)]
         handles = [module.register_forward_hook(keep) for module in modules]
         try:
-            self.model(pixel_values)
+            self(pixel_values)
         finally:
             for handle in handles:
                 handle.remove()
@@ -270,10 +263,14 @@ class Teacher(nn.Module):
         Returns:
             a_0, (B, T, D), where `run_layers` begins.
         """
-        return self.model.get_submodule(FAMILIES[self.family].embeddings)(pixel_values)
+        family = FAMILIES[self.family]
+        embeddings = self.model.get_submodule(family.embeddings)
+        # MAE's give its mask, too
+        state = _first(embeddings(pixel_values.to(self.model.dtype), **self._image_arguments(pixel_values)))
+        return state if family.pre_norm is None else self.model.get_submodule(family.pre_norm)(state)
 
     @torch.no_grad()
-    def run_layers(self, state: Tensor, layers: Sequence[int]) -> Tensor:
+    def run_layers(self, state: Tensor, layers: Sequence[int], image_size: tuple[int, int] | None = None) -> Tensor:
         """Applies layers to a state in any order, each any number of times.
 
         All layers in order, after `embed`, give the trajectory. A student's layer l is its step l, with the block and
@@ -282,35 +279,68 @@ class Teacher(nn.Module):
         Args:
             state: tokens to begin with, (B, T, D), before the final norm.
             layers: 1 .. L, in the order of application.
+            image_size: height and width in pixels of the images that the state is of, which rotary positions, those of
+                DINOv3, depend on; None stands for a square of patches. Other families do not need it.
 
         Returns:
             The given state and that after each layer, (B, len(layers) + 1, T, D).
 
         Raises:
             IndexError: if there is no such layer.
+            ValueError: if rotary positions need an `image_size`, or the one given has another number of patches.
         """
         for layer in layers:
             if not 1 <= layer <= self.num_layers:
                 raise IndexError(f"layers={list(layers)} has {layer}, but every layer must be in 1..{self.num_layers}")
-        calls = self._layer_calls()
+        calls = self._layer_calls(state, image_size)
         states = [state]
         for layer in layers:
             for own in self.span(layer):
-                output = calls[own - 1](state)
-                state = output[0] if isinstance(output, tuple) else output
+                state = _first(calls[own - 1](state))
             states.append(state)
         return torch.stack(states, 1)
 
-    def _layer_calls(self) -> list[Callable[[Tensor], Any]]:
-        """What applies the model's layer l, at index l - 1."""
+    def _image_arguments(self, pixel_values: Tensor) -> dict[str, Any]:
+        """What the model, and its embeddings alone, are given beside the images."""
+        family, arguments = FAMILIES[self.family], {}
+        size = tuple(pixel_values.shape[-2:])
+        if family.must_interpolate and size != as_pair(self.image_size):
+            arguments["interpolate_pos_encoding"] = True
+        if family.can_mask:
+            height, width = as_pair(self.patch_size)
+            num_patches = (size[0] // height) * (size[1] // width)
+            # it sorts the patches by this noise
+            arguments["noise"] = torch.arange(num_patches, device=pixel_values.device).expand(len(pixel_values), -1)
+        return arguments
+
+    def _layer_calls(self, state: Tensor, image_size: tuple[int, int] | None) -> list[Callable[[Tensor], Any]]:
+        """What applies the model's layer l to a state such as this one, at index l - 1."""
         if self.family != "raptor":
-            return list(self.model.get_submodule(FAMILIES[self.family].layers))
+            family = FAMILIES[self.family]
+            arguments = dict(family.layer_arguments)
+            if family.rotary is not None:
+                arguments["position_embeddings"] = self._rotary_positions(state, image_size)
+            return [functools.partial(layer, **arguments) for layer in self.model.get_submodule(family.layers)]
         encoder = self.model.encoder
         steps = zip(encoder.plan, encoder.modulations(encoder.plan), strict=True)
         return [
             lambda state, block=encoder.blocks[block], modulation=modulation: block(state, *modulation)
             for (block, _), modulation in steps
         ]
+
+    def _rotary_positions(self, state: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        patch_height, patch_width = as_pair(self.patch_size)
+        num_patches = state.shape[1] - self.num_prefix_tokens
+        side = math.isqrt(num_patches)
+        height, width = (side * patch_height, side * patch_width) if image_size is None else image_size
+        if (height // patch_height) * (width // patch_width) != num_patches:
+            raise ValueError(
+                f"image_size={image_size} does not fit a state of {num_patches} patches of {patch_height} x "
+                f"{patch_width} pixels; give the (height, width) of the images, None if they are square"
+            )
+        # the module reads shape, precision and device of the images, nothing of what is on them
+        blank = torch.zeros((), dtype=self.model.dtype, device=state.device).expand(1, 1, height, width)
+        return self.model.get_submodule(FAMILIES[self.family].rotary)(blank)
 
     def final_norm(self, state: Tensor) -> Tensor:
         """Normalises a state, (..., T, D), as the model does after its last layer; gradients reach the state.
@@ -321,7 +351,7 @@ class Teacher(nn.Module):
         return norm(state.to(norm.weight.dtype))
 
     def logits(self, last_state: Tensor) -> Tensor | None:
-        """Classifies by the teacher's head on [cls, mean patch] after the final norm; registers are left out.
+        """Classifies by the teacher's head, see `classifier`.
 
         Args:
             last_state: a_L or a student's reconstruction of it, (B, T, D), before the final norm; gradients reach it.
@@ -331,25 +361,39 @@ class Teacher(nn.Module):
         """
         if self.classifier is None:
             return None
-        tokens = self.final_norm(last_state)
-        return self.classifier(torch.cat([tokens[:, 0], tokens[:, self.num_prefix_tokens :].mean(1)], 1))
+        family, first = FAMILIES[self.family], self.num_prefix_tokens
+        tokens = self.final_norm(last_state) if family.head_is_normed else last_state.to(self.classifier.weight.dtype)
+        parts = {"cls": tokens[:, 0], "registers": tokens[:, 1:first].flatten(1), "patches": tokens[:, first:].mean(1)}
+        return self.classifier(torch.cat([parts[part] for part in self._head], 1))
+
+    @property
+    def _head(self) -> tuple[str, ...]:
+        """What the classifier is on."""
+        width = self.classifier.in_features
+        return next(head for head in FAMILIES[self.family].heads if len(head) * self.hidden_size == width)
 
     def embeddings_state_dict(self) -> dict[str, Tensor]:
         """The embeddings under the names of RaptorEmbeddings, without the mask token, which no student has.
 
         Like all state dicts of the teacher it may share memory with the model: load it, do not change it.
         """
-        weights = self.model.get_submodule(FAMILIES[self.family].embeddings).state_dict()
-        # DINOv2 with 0 registers keeps an empty tensor for them
-        return {name: tensor for name, tensor in weights.items() if name != "mask_token" and tensor.numel()}
+        return embeddings_to_raptor(self.model)
 
     def layernorm_state_dict(self) -> dict[str, Tensor]:
         """The final norm under the names of `nn.LayerNorm`."""
         return self.model.get_submodule(FAMILIES[self.family].final_norm).state_dict()
 
     def classifier_state_dict(self) -> dict[str, Tensor] | None:
-        """The classifier's weight (num_labels, 2 D) and bias (num_labels,), or None without one."""
-        return None if self.classifier is None else self.classifier.state_dict()
+        """The classifier under the names of RaptorForImageClassification's, as one on [cls, mean patch].
+
+        Returns:
+            weight, (num_labels, 2 D), zero for what the teacher's does not read, or without cls (num_labels, D); and
+            bias, (num_labels,). None without a classifier, and if a student can have none like it: CLIP's comes
+            without the norm, that of a distilled DeiT is also on the distillation token.
+        """
+        if self.classifier is None or not FAMILIES[self.family].head_is_normed:
+            return None
+        return classifier_to_raptor(self.classifier, self._head)
 
     def span(self, layer: int) -> range:
         """The model's layers that one layer of this teacher, 1 .. L, stands for: itself, where it has them all."""
@@ -358,12 +402,14 @@ class Teacher(nn.Module):
     def block_state_dict(self, layer: int) -> dict[str, Tensor]:
         """One layer under the names of RaptorBlock: QKV in one matrix, as are SwiGLU's halves, the gated one first.
 
+        Where the family has no LayerScale, it is one.
+
         Args:
             layer: of the model, 1 .. L, as `span` numbers them.
 
         Raises:
             IndexError: if there is no such layer.
-            ValueError: if the family's layers are no DINOv2 layers.
+            ValueError: if the family's layers are none of which a block can be made.
         """
         depth = self.model.config.num_hidden_layers
         if not 1 <= layer <= depth:
@@ -371,68 +417,21 @@ class Teacher(nn.Module):
         family = FAMILIES[self.family]
         if not family.block_parts:
             raise ValueError(f"the layers of a {self.family!r} model cannot be copied into a RaptorBlock")
-        parts = _block_modules(self.model.get_submodule(family.layers)[layer - 1], family.block_parts)
-        weights = {part: [module.state_dict() for module in modules] for part, modules in parts.items()}
-        return {
-            f"{part}.{name}": torch.cat([tensors[name] for tensors in stacked])
-            for part, stacked in weights.items()
-            for name in stacked[0]
-        }
+        return layer_to_raptor(self.model.get_submodule(family.layers)[layer - 1], family.block_parts)
 
 
-@torch.no_grad()
-def build_dinov2(
-    config: PreTrainedConfig,
-    *,
-    embeddings: Mapping[str, Tensor],
-    blocks: Iterable[Mapping[str, Tensor]],
-    layernorm: Mapping[str, Tensor],
-    classifier: Mapping[str, Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> PreTrainedModel:
-    """Builds a DINOv2 model from parts under Raptor's names: the inverse of `Teacher`'s state dicts.
+def untrained(teacher: Teacher, seed: int = 0) -> Teacher:
+    """A model of a teacher's shape with weights as before training, without a classifier: what it is compared with.
 
     Args:
-        config: of DINOv2, with or without registers.
-        embeddings: weights of RaptorEmbeddings; the mask token becomes zero.
-        blocks: weights of RaptorBlock, one per layer.
-        layernorm: weight and bias of the final norm.
-        classifier: weight and bias of the classifier; None builds a model without a head.
-        dtype: precision of the model.
-
-    Returns:
-        The model, in eval mode, on the CPU.
+        teacher: whose configuration is used.
+        seed: of the weights.
     """
-    auto_class = AutoModel if classifier is None else AutoModelForImageClassification
-    model = auto_class.from_config(config, dtype=dtype).eval()
-    family = FAMILIES[config.model_type]
-    target = model.base_model.get_submodule(family.embeddings)
-    target.load_state_dict(target.state_dict() | dict(embeddings))
-    for layer, weights in zip(model.base_model.get_submodule(family.layers), blocks, strict=True):
-        for part, modules in _block_modules(layer, family.block_parts).items():
-            for index, module in enumerate(modules):
-                names = module.state_dict().keys()
-                module.load_state_dict({n: weights[f"{part}.{n}"].chunk(len(modules))[index] for n in names})
-    model.base_model.get_submodule(family.final_norm).load_state_dict(layernorm)
-    if classifier is not None:
-        model.classifier.load_state_dict(classifier)
-    return model
-
-
-def find_classifier(model: PreTrainedModel) -> nn.Linear | None:
-    """Returns the model's linear layer on [cls, mean patch], (2 D) to num_labels, or None if it has none."""
-    classifier = getattr(model, "classifier", None)
-    fits = isinstance(classifier, nn.Linear) and classifier.in_features == 2 * model.config.hidden_size
-    return classifier if fits else None
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Counts the parameters of a model without its head: what embeddings, blocks and final norm use.
-
-    Every block counts once however often it is applied. DINOv2's mask token, which only pre-training uses, is left out.
-    """
-    parameters = model.base_model.named_parameters()
-    return sum(parameter.numel() for name, parameter in parameters if not name.endswith("mask_token"))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = type(teacher.model)(copy.deepcopy(teacher.model.config))
+    device = next(teacher.parameters()).device
+    return Teacher(model.to(device), name=f"untrained {teacher.name}", layers=teacher.layers)
 
 
 # with gradients: FlopCounterMode fails on views of parameters that are made without
@@ -456,15 +455,8 @@ def macs(model: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) -> dict[str, list[nn.Module]]:
-    modules = dict(layer.named_modules())
-    found = {}
-    for part, alternatives in parts.items():
-        names = next((names for names in alternatives if all(name in modules for name in names)), None)
-        if names is None:
-            raise RuntimeError(f"{type(layer).__name__} has none of {alternatives}: unknown version of transformers")
-        found[part] = [modules[name] for name in names]
-    return found
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _check_exists(name_or_path: str | os.PathLike[str]) -> None:
@@ -476,8 +468,3 @@ def _check_exists(name_or_path: str | os.PathLike[str]) -> None:
         raise FileNotFoundError(
             f"name_or_path={str(name_or_path)!r}: no such folder, and no repository on the Hub, owner/name"
         ) from error
-
-
-def _check_family(config: PreTrainedConfig, source: str) -> None:
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"{source} is a {config.model_type!r} model; supported are {', '.join(FAMILIES)}")

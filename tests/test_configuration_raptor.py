@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 from tiny_raptors import PLANS, tiny_config
-from transformers import AutoConfig, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, ViTConfig
+from transformers import AutoConfig, BeitConfig, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, ViTConfig
 
 from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSemanticSegmentation
 
@@ -160,8 +160,8 @@ def test_student_of_a_teacher_has_its_shapes(teacher_class, swiglu):
 def test_teacher_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"block_repeats is \(7, 3\), which sums to 10; .* 12 layers"):
         RaptorConfig.from_teacher(Dinov2Config(), (7, 3))
-    with pytest.raises(ValueError, match="model_type 'vit'; known are dinov2_with_registers, dinov2"):
-        RaptorConfig.from_teacher(ViTConfig(), (7, 3, 2))
+    with pytest.raises(ValueError, match="model_type 'beit'; known are dinov2_with_registers, dinov2"):
+        RaptorConfig.from_teacher(BeitConfig(), (7, 3, 2))
 
 
 @pytest.mark.parametrize("other", [Dinov2WithRegistersConfig(), ViTConfig()], ids=["dinov2", "vit"])

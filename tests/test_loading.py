@@ -16,10 +16,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from dense_layouts import write_ade20k
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf.data import ImageSet, open_images
+from raptor_hf.dense import DenseSet, open_dense
 from raptor_hf.loading import EpochOrder, TooManyFailuresError, eval_loader, train_loader
+from raptor_hf.transforms import CropFlip, SegmentationCollate
 
 
 @pytest.fixture(autouse=True)
@@ -237,6 +240,99 @@ class TestEvaluation:
         assert len(loader.failures.reasons) == 5
         with pytest.raises(TooManyFailuresError, match="5 images .* max_failures=4"):
             list(eval_loader(images, processor, batch_size=4, max_failures=4))
+
+
+class TestAugmentation:
+    """Its randomness belongs to the place in the sequence, whoever reads it."""
+
+    options = {"batch_size": 4, "seed": 3, "num_steps": 10, "augment": CropFlip(8)}
+
+    def test_each_place_has_a_generator_of_its_own(self, digits, processor):
+        order, seen = EpochOrder(23, seed=3), {}
+        for step, batch in enumerate(train_loader(digits, processor, **self.options)):
+            for i, pixel_values in enumerate(batch["pixel_values"]):
+                image, label = digits.decode(order(4 * step + i))
+                image, label = CropFlip(8)(image, label, np.random.default_rng((3, 4 * step + i)))
+                assert torch.equal(pixel_values, processor(images=[image], return_tensors="pt")["pixel_values"][0])
+                assert batch["labels"][i] == label
+                seen.setdefault(batch["names"][i], []).append(pixel_values)
+        assert not any(torch.equal(*epochs) for epochs in seen.values() if len(epochs) == 2)  # 40 places of 23 images
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_resume_and_workers_do_not_change_it(self, digits, processor, num_workers):
+        whole = list(train_loader(digits, processor, **self.options))
+        rest = list(train_loader(digits, processor, **self.options, start_step=3, num_workers=num_workers))
+        assert_equal(rest, whole[3:])
+
+    def test_processes_together_see_what_one_sees_with_damaged_images_too(self, tmp_path, processor):
+        images = open_images(write_parquet(tmp_path / "x", 20, damaged=(3, 4, 11)), "train")
+        options = self.options | {"batch_size": 6}
+        one = list(train_loader(images, processor, **options))
+        three = [train_loader(images, processor, **options, process_index=r, num_processes=3) for r in range(3)]
+        for batch, parts in zip(one, zip(*three, strict=True), strict=True):
+            assert torch.equal(batch["pixel_values"], torch.cat([part["pixel_values"] for part in parts]))
+
+    @pytest.mark.parametrize("num_workers", [1, 2])
+    def test_in_a_stream_it_belongs_to_the_place_too(self, tmp_path, processor, num_workers):
+        places = []
+
+        def note(image, label, generator):
+            return image, int(generator.integers(2**40))
+
+        images = open_images(write_parquet(tmp_path / "x", 40, 4), "train", streaming=True)
+        options = {"batch_size": 4, "seed": 3, "num_steps": 10, "augment": note, "num_processes": 2}
+        for r in range(2):
+            batches = list(train_loader(images, processor, **options, process_index=r, num_workers=num_workers))
+            rest = list(
+                train_loader(images, processor, **options, process_index=r, num_workers=num_workers, start_step=5)
+            )
+            assert_equal(rest, batches[5:])
+            places += [batch["labels"].tolist() for batch in batches]
+        expected = [int(np.random.default_rng((3, place)).integers(2**40)) for place in range(40)]
+        assert [
+            place for step in zip(places[:10], places[10:], strict=True) for part in step for place in part
+        ] == expected
+
+
+class TestMaps:
+    """Images with masks, as one set and in batches."""
+
+    @pytest.fixture
+    def masks(self, tmp_path) -> DenseSet:
+        write_ade20k(tmp_path / "ade", num_images=7)
+        (tmp_path / "ade/annotations/training/ADE_train_00000003.png").write_bytes(b"damaged")
+        return open_dense("semantic-segmentation", str(tmp_path / "ade"), "training")
+
+    def test_a_batch_holds_what_the_collation_makes_of_the_images(self, masks, processor):
+        collate = SegmentationCollate(processor, 16)
+        batches = list(eval_loader(masks, processor, batch_size=4, collate=collate))
+        assert [batch["labels"].shape for batch in batches] == [(3, 16, 16), (3, 16, 16)]
+        expected = collate(*map(list, zip(*(masks.decode(index) for index in (4, 5, 6)), strict=True)))
+        assert all(torch.equal(batches[1][name], expected[name]) for name in ("pixel_values", "labels"))
+        assert list(batches[0]["failures"]) == [masks.name(2)]
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_resume_is_bitwise_equal_with_masks_augmented(self, masks, processor, num_workers):
+        options = {"batch_size": 4, "seed": 1, "num_steps": 8, "augment": CropFlip(20)}
+        options["collate"] = SegmentationCollate(processor, 16)
+        whole = list(train_loader(masks, processor, **options))
+        assert {batch["labels"].shape for batch in whole} == {(4, 16, 16)}
+        assert_equal(list(train_loader(masks, processor, **options, start_step=3, num_workers=num_workers)), whole[3:])
+
+    def test_masks_come_in_a_stream_as_well(self, masks, processor):
+        collate = SegmentationCollate(processor, 16)
+        stream = open_dense("semantic-segmentation", masks.title.split()[0], "training", streaming=True)
+        assert_equal(*(list(eval_loader(s, processor, batch_size=4, collate=collate)) for s in (stream, stream)))
+        found = [
+            name for batch in eval_loader(stream, processor, batch_size=4, collate=collate) for name in batch["names"]
+        ]
+        assert found == [masks.name(index) for index in (0, 1, 3, 4, 5, 6)]
+
+    def test_without_a_collation_they_are_refused(self, masks, processor):
+        with pytest.raises(ValueError, match="SegmentationCollate or DepthCollate"):
+            eval_loader(masks, processor, batch_size=4)
+        with pytest.raises(ValueError, match="SegmentationCollate or DepthCollate"):
+            train_loader(masks, processor, batch_size=4, seed=0, num_steps=1)
 
 
 class TestStream:

@@ -72,16 +72,28 @@ def test_a_cut_teacher_is_its_first_layers(teacher_folder):
         torch.testing.assert_close(backbone.model(pixel_values).last_hidden_state, expected)
 
 
+def test_a_reinitialized_teacher_has_its_shape_and_nothing_it_learned(teacher_folder):
+    trained, untrained = (load_backbone(teacher_folder, reinitialize=flag) for flag in (False, True))
+    assert untrained.classifier is None
+    weights = [backbone.model.encoder.blocks[0].ffn.fc1.weight for backbone in (trained, untrained)]
+    assert weights[0].shape == weights[1].shape
+    correlation = torch.corrcoef(torch.stack([weight.flatten() for weight in weights]))[0, 1]
+    assert correlation.abs() < 0.1
+    again = load_backbone(teacher_folder, reinitialize=True)
+    assert torch.equal(again.model.encoder.blocks[0].ffn.fc1.weight, weights[1])
+
+
 @pytest.mark.parametrize("num_layers", [0, 5])
 def test_a_teacher_cannot_be_cut_to_layers_that_it_has_not(teacher_folder, num_layers):
     with pytest.raises(ValueError, match="layers"):
         load_backbone(teacher_folder, num_layers=num_layers)
 
 
-def test_a_student_is_not_cut(tmp_path):
+@pytest.mark.parametrize("change", [{"num_layers": 2}, {"reinitialize": True}])
+def test_a_student_is_not_cut_or_reinitialized(tmp_path, change):
     tiny_model(RaptorForImageClassification).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="only a teacher can be cut"):
-        load_backbone(str(tmp_path), num_layers=2)
+        load_backbone(str(tmp_path), **change)
 
 
 def test_a_student_keeps_its_classifier_when_other_heads_join_it(tmp_path):

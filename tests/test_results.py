@@ -77,7 +77,7 @@ def test_a_row_without_runs_is_named(runs, monkeypatch, capsys):
     assert "'ghost'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("rows", [[], ["teacher"], ["a = b = c"]])
+@pytest.mark.parametrize("rows", [[], ["teacher"], ["a=b"], ["a = b c"]])
 def test_rows_are_names_and_patterns(rows):
     with pytest.raises(ValueError, match="rows"):
         ResultsSettings(title="t", rows=rows, output_dir="o")

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import DIM, FAMILIES, IMAGE_SIZES, NUM_LAYERS, hidden_states, images, randomize, tiny_dinov2
 from torch import nn
-from transformers import ViTConfig, ViTModel
+from transformers import BeitConfig, BeitModel
 
 from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSemanticSegmentation, RaptorModel
+from raptor_hf.families import block_modules
 from raptor_hf.modeling_raptor import RaptorBlock
-from raptor_hf.teacher import Teacher, _block_modules, count_parameters, load_teacher, macs
+from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 
 STUDENT = {"hidden_size": DIM, "num_attention_heads": 3, "image_size": 28, "num_register_tokens": 2}
 
@@ -196,7 +197,7 @@ def test_block_weights_do_not_depend_on_the_names_of_the_transformers_version():
     assert torch.equal(weights[0]["attention.qkv.weight"][4:8], key.weight)
     assert torch.equal(weights[0]["ffn.fc1.bias"][:6], gate.bias)
     with pytest.raises(RuntimeError, match="unknown version"):
-        _block_modules(nn.Linear(4, 4), {"norm1": [("norm1",)]})
+        block_modules(nn.Linear(4, 4), {"norm1": [("norm1",)]})
 
 
 def test_layer_numbers_start_at_1():
@@ -250,11 +251,11 @@ def test_a_path_where_nothing_is_says_so(name):
 
 
 def test_other_models_are_refused_by_name(tmp_path):
-    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
-    model = ViTModel(config)
+    config = BeitConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
+    model = BeitModel(config)
     model.save_pretrained(tmp_path)
     for load in (lambda: load_teacher(tmp_path), lambda: Teacher(model)):
-        with pytest.raises(ValueError, match="'vit' model; supported are dinov2, dinov2_with_registers, raptor"):
+        with pytest.raises(ValueError, match="'beit' model; supported are dinov2, .*, raptor, clip, siglip"):
             load()
     with pytest.raises(TypeError, match="load_teacher"):
         Teacher("facebook/dinov2-base")

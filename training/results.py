@@ -50,7 +50,8 @@ class ResultsSettings:
 
     def __post_init__(self) -> None:
         for row in self.rows:
-            if not re.fullmatch(r"[^=]+=[^=]+", row):
+            # names may hold an "=", as in "k=3"
+            if not re.fullmatch(r".+ = \S+", row):
                 raise ValueError(f"rows has {row!r}; each row must be 'name = pattern of model folders'")
         if not self.rows:
             raise ValueError("rows is empty; give at least one 'name = pattern of model folders'")
@@ -77,7 +78,7 @@ def main() -> None:
 
 def split_rows(rows: Sequence[str]) -> list[tuple[str, str]]:
     """Names and patterns."""
-    return [(name.strip(), pattern.strip()) for name, pattern in (row.split("=") for row in rows)]
+    return [tuple(row.rsplit(" = ", 1)) for row in rows]
 
 
 def read_runs(name: str, pattern: str) -> list[dict[str, Any]]:

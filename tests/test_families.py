@@ -1,0 +1,323 @@
+"""Teachers of families beside DINOv2 against the hidden states, logits and positions of the models themselves."""
+
+import importlib
+import importlib.util
+import json
+
+import PIL.Image
+import pytest
+import torch
+from tiny_models import DIM, NUM_LAYERS, images, randomize, tiny_dinov2
+from tiny_vits import (
+    IMAGE,
+    PATCH,
+    PREFIX,
+    TWO_TOWERS,
+    VITS,
+    WIDTH,
+    WITH_CLASSIFIER,
+    own_hidden_states,
+    tiny_vit,
+    two_towers,
+    vit_fields,
+)
+from transformers import (
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    SiglipModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
+
+from raptor_hf.conversion import load_meta_linear_head, student_from_teacher
+from raptor_hf.data import load_image_processor
+from raptor_hf.dynamics import DynamicsAccumulator
+from raptor_hf.families import FAMILIES
+from raptor_hf.image_processing_raptor import RaptorImageProcessor
+from raptor_hf.phases import find_phases
+from raptor_hf.similarity import SimilarityAccumulator
+from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs, untrained
+
+# the size the position embeddings are for, a larger square, and two that are not square
+SIZES = ((28, 28), (42, 42), (28, 56), (35, 14))
+
+
+def test_every_family_is_tested():
+    assert set(FAMILIES) == {*VITS, "dinov2", "dinov2_with_registers", "raptor"}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", VITS)
+def test_trajectory_is_the_models_hidden_states(family, size):
+    model = tiny_vit(family)
+    expected = own_hidden_states(model, images(size))
+    teacher = Teacher(model)
+    states = teacher.trajectory(images(size))
+    assert states.shape == (2, NUM_LAYERS + 1, PREFIX[family][0] + size[0] // PATCH * (size[1] // PATCH), DIM)
+    assert torch.equal(states, expected)
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_embeddings_and_all_layers_give_the_trajectory_to_the_bit(family):
+    teacher = Teacher(tiny_vit(family))
+    states = teacher.trajectory(images())
+    assert torch.equal(teacher.embed(images()), states[:, 0])
+    assert torch.equal(teacher.run_layers(states[:, 0], range(1, NUM_LAYERS + 1)), states)
+    assert torch.equal(teacher.run_layers(states[:, 2], [3, 4], (28, 28)), states[:, 2:])
+    assert not torch.equal(teacher.run_layers(states[:, 2], [4, 4])[:, 1], states[:, 3])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", VITS)
+def test_layers_run_alike_with_any_attention(family, attention):
+    model = tiny_vit(family)
+    model.set_attn_implementation(attention)
+    teacher = Teacher(model)
+    states = teacher.trajectory(images((42, 14)))
+    again = teacher.run_layers(teacher.embed(images((42, 14))), range(1, NUM_LAYERS + 1), (42, 14))
+    torch.testing.assert_close(again, states)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "vit_mae", "siglip_vision_model", "dinov3_vit"])
+def test_final_norm_gives_the_models_own_output(family):
+    teacher = Teacher(tiny_vit(family))
+    states = teacher.trajectory(images())
+    assert torch.equal(teacher.final_norm(states[:, -1]), teacher(images()).last_hidden_state)
+
+
+def test_final_norm_of_clip_is_the_one_it_applies_to_cls():
+    teacher = Teacher(tiny_vit("clip_vision_model"))
+    last = teacher.trajectory(images())[:, -1]
+    torch.testing.assert_close(teacher.final_norm(last)[:, 0], teacher(images()).pooler_output)
+
+
+def test_clips_pre_norm_belongs_to_its_embeddings():
+    model = tiny_vit("clip_vision_model")
+    first = Teacher(model).trajectory(images())[:, 0]
+    assert torch.equal(first, model.pre_layrnorm(model.embeddings(images())))
+
+
+def test_mae_sees_every_patch_in_its_place():
+    model = tiny_vit("vit_mae")
+    assert model.config.mask_ratio == 0.75
+    teacher = Teacher(model)
+    first = teacher.trajectory(images())[:, 0]
+    embeddings = model.embeddings
+    patches = embeddings.patch_embeddings.projection(images()).flatten(2).transpose(1, 2)
+    assert torch.equal(first[:, 1:], patches + embeddings.position_embeddings[:, 1:])
+    assert torch.equal(first[:, 0], (embeddings.cls_token + embeddings.position_embeddings[:, :1])[:, 0].expand(2, -1))
+    assert torch.equal(teacher.trajectory(images()), teacher.trajectory(images()))
+
+
+@pytest.mark.parametrize("family", WITH_CLASSIFIER)
+def test_logits_are_the_models(family):
+    model = tiny_vit(family, num_labels=5)
+    expected = model(images()).logits
+    teacher = Teacher(model)
+    logits = teacher.logits(teacher.trajectory(images())[:, -1])
+    torch.testing.assert_close(logits, expected)
+    assert logits.std() > 0.1
+    assert teacher.family == family
+    assert teacher.config.id2label[4] == "thing 4"
+    assert teacher.classifier.in_features == DIM
+    guess = teacher.trajectory(images())[:, -1].double().requires_grad_()
+    teacher.logits(guess).sum().backward()
+    assert guess.grad.abs().sum() > 0
+
+
+def test_logits_of_a_distilled_deit_are_the_mean_of_its_two_heads():
+    model = randomize(DeiTForImageClassificationWithTeacher(DeiTConfig(**vit_fields("deit"), num_labels=5))).eval()
+    outputs = model(images())
+    teacher = Teacher(model)
+    logits = teacher.logits(teacher.trajectory(images())[:, -1])
+    torch.testing.assert_close(logits, outputs.logits)
+    assert not torch.allclose(outputs.logits, outputs.cls_logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_a_model_without_a_classifier_has_no_logits(family):
+    teacher = Teacher(tiny_vit(family))
+    assert teacher.classifier is teacher.classifier_state_dict() is None
+    assert teacher.logits(teacher.trajectory(images())[:, -1]) is None
+
+
+@pytest.mark.parametrize("size", [(28, 42), (14, 42)])
+def test_rotary_positions_need_the_shape_of_images_that_are_not_square(size):
+    teacher = Teacher(tiny_vit("dinov3_vit"))
+    states = teacher.trajectory(images(size))
+    assert torch.equal(teacher.run_layers(states[:, 0], range(1, NUM_LAYERS + 1), size), states)
+    with pytest.raises(ValueError, match=r"image_size=None does not fit a state of \d+ patches of 7 x 7"):
+        teacher.run_layers(states[:, 0], [1])
+    with pytest.raises(ValueError, match=r"image_size=\(28, 28\) does not fit"):
+        teacher.run_layers(states[:, 0], [1], (28, 28))
+    turned = teacher.run_layers(states[:, 0], [1], (size[1], size[0]))
+    assert not torch.allclose(turned[:, 1], states[:, 1], atol=1e-3)
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_facts_that_analyses_rely_on(family):
+    teacher = Teacher(tiny_vit(family))
+    assert (teacher.num_layers, teacher.hidden_size, teacher.num_heads) == (NUM_LAYERS, DIM, 3)
+    assert (teacher.patch_size, teacher.image_size) == (PATCH, IMAGE)
+    assert (teacher.num_prefix_tokens, int(teacher.has_cls)) == PREFIX[family]
+    assert teacher.num_registers == PREFIX[family][0] - PREFIX[family][1]
+    assert teacher.family == family
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_similarity_phases_and_dynamics_leave_the_prefix_out_of_the_patches(family):
+    teacher = Teacher(tiny_vit(family))
+    states = teacher.trajectory(images(batch=3))
+    similarity = SimilarityAccumulator(NUM_LAYERS, teacher.num_registers, has_cls=teacher.has_cls)
+    similarity.update(states)
+    prefix, has_cls = PREFIX[family]
+    summaries = [states[:, 1:, prefix:].mean(2), *([states[:, 1:, 0]] if has_cls else [])]
+    cosines = [torch.cosine_similarity(x[:, :, None], x[:, None], dim=-1).mean(0) for x in summaries]
+    matrix = similarity.compute()
+    torch.testing.assert_close(torch.as_tensor(matrix).float(), 1 - torch.stack(cosines).mean(0), atol=1e-5, rtol=0)
+    assert find_phases(matrix, 2).block_repeats in ((2, 2), (1, 3), (3, 1))
+    dynamics = DynamicsAccumulator(NUM_LAYERS, teacher.num_registers, teacher.has_cls)
+    dynamics.update(states)
+    gamma = dynamics.compute().gamma
+    expected = torch.cosine_similarity(states, states[:, -1:], dim=-1)[:, :, prefix:].mean((0, 2))
+    torch.testing.assert_close(torch.as_tensor(gamma["patches"].mean).float(), expected, atol=1e-5, rtol=0)
+    assert ("cls" in gamma, "registers" in gamma) == (bool(has_cls), prefix > has_cls)
+
+
+@pytest.mark.parametrize("num_labels", [None, 3])
+@pytest.mark.parametrize("family", VITS)
+def test_loaded_teacher_is_the_saved_model(family, num_labels, tmp_path):
+    if num_labels is not None and family not in WITH_CLASSIFIER:
+        pytest.skip(f"transformers has no classification model of {family}")
+    model = tiny_vit(family, num_labels)
+    expected = own_hidden_states(getattr(model, "vision_model", model), images())
+    model.save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path, attn_implementation="eager")
+    torch.testing.assert_close(teacher.trajectory(images()), expected, rtol=1e-4, atol=1e-4)
+    assert teacher.config._attn_implementation == "eager"
+    assert (teacher.family, teacher.classifier is None) == (family, num_labels is None)
+
+
+@pytest.mark.parametrize(
+    ("make", "family"),
+    [
+        (lambda: CLIPModel(two_towers("clip_vision_model")), "clip_vision_model"),
+        (lambda: SiglipModel(two_towers("siglip_vision_model")), "siglip_vision_model"),
+        (lambda: CLIPVisionModelWithProjection(two_towers("clip_vision_model").vision_config), "clip_vision_model"),
+    ],
+)
+def test_of_two_towers_the_teacher_is_the_vision_tower(make, family, tmp_path):
+    model = randomize(make()).eval()
+    expected = own_hidden_states(model.vision_model, images())
+    model.save_pretrained(tmp_path)
+    loaded = load_teacher(tmp_path)
+    assert count_parameters(model) == loaded.num_parameters == Teacher(tiny_vit(family)).num_parameters
+    for teacher in (loaded, Teacher(model)):
+        assert (teacher.family, teacher.config.hidden_size) == (family, DIM)
+        assert torch.equal(teacher.trajectory(images()), expected)
+        assert not any("text" in name for name, _ in teacher.named_parameters())
+
+
+def test_checkpoints_of_pre_training_are_teachers(tmp_path):
+    fields = vit_fields("vit_mae") | {"decoder_hidden_size": 8, "decoder_num_attention_heads": 2}
+    mae = randomize(ViTMAEForPreTraining(ViTMAEConfig(**fields))).eval()
+    mae.save_pretrained(tmp_path / "mae")
+    vit = randomize(ViTModel(ViTConfig(**vit_fields("vit")), add_pooling_layer=False)).eval()
+    vit.save_pretrained(tmp_path / "vit")
+    for folder, model in (("mae", mae.vit), ("vit", vit)):
+        teacher = load_teacher(tmp_path / folder)
+        assert torch.equal(teacher.trajectory(images()), own_hidden_states(model, images()))
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_parameters_count_what_the_trajectory_uses(family):
+    teacher = Teacher(tiny_vit(family))
+    layer = 4 * DIM + 4 * (DIM * DIM + DIM) + 2 * DIM * WIDTH + WIDTH + DIM
+    patches = 3 * PATCH * PATCH * DIM + DIM
+    positions = (16 + PREFIX[family][0]) * DIM
+    if family == "dinov3_vit":
+        layer += 2 * DIM - DIM  # LayerScale, and no bias of keys
+        positions = 0
+    if family == "clip_vision_model":
+        patches += 2 * DIM - DIM  # a norm after the embeddings, and no bias in them
+    tokens = PREFIX[family][0] * DIM
+    assert teacher.num_parameters == patches + tokens + positions + NUM_LAYERS * layer + 2 * DIM
+    assert count_parameters(teacher.model) == teacher.num_parameters
+
+
+def test_macs_of_a_teacher_are_counted_at_any_size():
+    teacher = Teacher(tiny_vit("vit_mae"))
+    num_patches, tokens = 24, 25
+    layer = tokens * (4 * DIM * DIM + 2 * DIM * WIDTH) + 2 * tokens * tokens * DIM
+    assert macs(teacher, images((28, 42))) == num_patches * 3 * PATCH * PATCH * DIM + NUM_LAYERS * layer
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_states_have_the_precision_of_the_model(family):
+    model = tiny_vit(family)
+    expected = own_hidden_states(model, images())
+    teacher = Teacher(model.to(torch.bfloat16))
+    states = teacher.trajectory(images())
+    assert states.dtype == teacher.embed(images()).dtype == torch.bfloat16
+    assert 0 < (states.float() - expected).norm() / expected.norm() < 0.03
+    torch.testing.assert_close(teacher.run_layers(states[:, 0], [1])[:, 1], states[:, 1])
+
+
+@pytest.mark.parametrize("family", VITS)
+def test_a_teacher_of_some_layers_and_an_untrained_one(family):
+    model = tiny_vit(family)
+    expected = own_hidden_states(model, images())
+    teacher = Teacher(model, layers=(1, 4))
+    assert torch.equal(teacher.trajectory(images()), expected[:, [0, 1, 4]])
+    assert torch.equal(teacher.run_layers(teacher.embed(images()), [1, 2]), expected[:, [0, 1, 4]])
+    fresh = untrained(teacher).trajectory(images())
+    assert fresh.shape == (2, 3, expected.shape[2], DIM) and not torch.allclose(fresh, expected[:, [0, 1, 4]])
+
+
+def test_layers_with_rotary_positions_become_no_block():
+    teacher = Teacher(tiny_vit("dinov3_vit"))
+    with pytest.raises(ValueError, match="'dinov3_vit' model cannot be copied into a RaptorBlock"):
+        teacher.block_state_dict(1)
+    with pytest.raises(ValueError, match="model_type 'dinov3_vit'"):
+        student_from_teacher(teacher, (2, 2))
+
+
+@pytest.mark.parametrize("family", WITH_CLASSIFIER)
+def test_a_head_for_dinov2_is_refused(family):
+    head = {"weight": torch.zeros(3, 2 * DIM), "bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match="must be a Raptor or DINOv2"):
+        load_meta_linear_head(head, tiny_vit(family, num_labels=3))
+
+
+PROCESSORS = {"vit": "ViT", "deit": "DeiT", "clip": "CLIP", "siglip": "Siglip"}
+
+
+@pytest.mark.parametrize("module", PROCESSORS)
+def test_image_processors_load_without_torchvision_and_the_students_does_the_same(module, tmp_path):
+    source = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    getattr(source, f"{PROCESSORS[module]}ImageProcessorPil")().save_pretrained(tmp_path)
+    processor = load_image_processor(str(tmp_path))
+    noise = torch.randint(0, 256, (300, 280, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    image = PIL.Image.fromarray(noise.numpy())
+    expected = processor(images=[image], return_tensors="pt")["pixel_values"]
+    ours = RaptorImageProcessor.from_teacher(processor)(images=[image], return_tensors="pt")["pixel_values"]
+    assert expected.shape == (1, 3, 224, 224)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_dinov3s_image_processor_asks_for_torchvision(tmp_path):
+    settings = {"image_processor_type": "DINOv3ViTImageProcessor", "size": {"height": 28, "width": 28}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises((ImportError, ValueError), match="(?i)torchvision"):
+        load_image_processor(str(tmp_path))
+
+
+def test_dinov2_is_a_family_like_the_others():
+    teacher = Teacher(tiny_dinov2(num_labels=3))
+    assert torch.equal(teacher(images()).last_hidden_state, teacher.final_norm(teacher.trajectory(images())[:, -1]))
+    assert not TWO_TOWERS.keys() - FAMILIES.keys()

@@ -1,0 +1,239 @@
+"""Students of teachers beside DINOv2 against these teachers, and what changes where there is no cls token."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tiny_models import DIM, NUM_LAYERS, images, randomize, tiny_dinov2
+from tiny_raptors import tiny_images, tiny_labels, tiny_model
+from tiny_vits import own_hidden_states, tiny_vit, two_towers, vit_fields
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    CLIPModel,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+)
+
+from raptor_hf import (
+    RaptorBackbone,
+    RaptorConfig,
+    RaptorForDepthEstimation,
+    RaptorForImageClassification,
+    RaptorForSemanticSegmentation,
+    RaptorModel,
+)
+from raptor_hf.configuration_raptor import EMBEDDING_TYPES
+from raptor_hf.conversion import load_meta_linear_head, student_from_teacher, to_dinov2
+from raptor_hf.families import FAMILIES, count_parameters
+from raptor_hf.teacher import Teacher, load_teacher
+
+TEACHERS = ("vit", "deit", "vit_mae", "clip_vision_model", "siglip_vision_model")
+ACTIVATIONS = dict.fromkeys(TEACHERS, "gelu")
+ACTIVATIONS |= {"clip_vision_model": "quick_gelu", "siglip_vision_model": "gelu_pytorch_tanh"}
+UNTIED = (1,) * NUM_LAYERS
+SIGLIP = {"embedding_type": "siglip_vision_model", "num_register_tokens": 0}
+
+
+def student_states(student, pixel_values):
+    with torch.no_grad():
+        return torch.stack(student(pixel_values, output_hidden_states=True).hidden_states, 1)
+
+
+def test_every_family_whose_layers_make_blocks_has_students():
+    assert {name for name, family in FAMILIES.items() if family.block_parts} == {*EMBEDDING_TYPES}
+    assert {*TEACHERS} == {*EMBEDDING_TYPES} - {"dinov2", "dinov2_with_registers"}
+
+
+@pytest.mark.parametrize("size", [(28, 28), (42, 42), (28, 56), (35, 14)])
+@pytest.mark.parametrize("family", TEACHERS)
+def test_untied_student_is_the_teacher(family, size):
+    model = tiny_vit(family)
+    expected = own_hidden_states(model, images(size))
+    student = student_from_teacher(model, UNTIED, init="first")
+    assert student.config.hidden_act == ACTIVATIONS[family]
+    states = student_states(student, images(size))
+    torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
+    assert expected.std() > 0.5
+    teacher = Teacher(model)
+    with torch.no_grad():
+        last = student(images(size)).last_hidden_state
+    torch.testing.assert_close(last, teacher.final_norm(expected[:, -1]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_in_double_precision_it_is_so_to_the_last_digits(family):
+    student = student_from_teacher(tiny_vit(family), UNTIED, init="middle").double()
+    states = student_states(student, images().double())
+    torch.testing.assert_close(states, own_hidden_states(tiny_vit(family).double(), images().double()))
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_student_says_what_its_teacher_says_of_its_tokens(family):
+    teacher = Teacher(tiny_vit(family))
+    student = Teacher(student_from_teacher(teacher, (3, 1), init="first"))
+    for fact in (
+        "has_cls",
+        "num_registers",
+        "num_prefix_tokens",
+        "patch_size",
+        "image_size",
+        "hidden_size",
+        "num_heads",
+    ):
+        assert getattr(student, fact) == getattr(teacher, fact), fact
+    state = student.embed(images())
+    torch.testing.assert_close(state, teacher.embed(images()), rtol=0, atol=1e-6)
+    assert torch.equal(student.run_layers(state, [1, 2, 3, 4]), student.trajectory(images()))
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_untied_student_has_its_teachers_parameters_and_two_layer_scales_per_block(family):
+    teacher = Teacher(tiny_vit(family))
+    student = student_from_teacher(teacher, UNTIED)
+    position = DIM if family == "deit" else 0  # that of the distillation token is part of it
+    assert count_parameters(student) == teacher.num_parameters + NUM_LAYERS * 2 * DIM - position
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "siglip_vision_model"])
+def test_student_takes_over_the_classifier(family):
+    model = tiny_vit(family, num_labels=5)
+    expected = model(images()).logits
+    student = student_from_teacher(model, UNTIED, init="first")
+    assert isinstance(student, RaptorForImageClassification)
+    torch.testing.assert_close(student(images()).logits, expected, rtol=0, atol=1e-5)
+    assert student.config.id2label == {i: f"thing {i}" for i in range(5)}
+    again = Teacher(student)
+    torch.testing.assert_close(again.logits(again.trajectory(images())[:, -1]), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="num_labels=3 does not fit"):
+        student_from_teacher(model, UNTIED, num_labels=3)
+
+
+def test_classifiers_that_no_student_can_have_are_left_to_the_teacher():
+    distilled = randomize(DeiTForImageClassificationWithTeacher(DeiTConfig(**vit_fields("deit"), num_labels=3)))
+    for model in (distilled.eval(), tiny_vit("clip_vision_model", num_labels=3)):
+        teacher = Teacher(model)
+        assert teacher.classifier_state_dict() is None
+        student = student_from_teacher(teacher, UNTIED, init="first")
+        assert type(student) is RaptorModel
+        logits = teacher.logits(student_states(student, images())[:, -1])
+        torch.testing.assert_close(logits, model(images()).logits, rtol=0, atol=1e-4)
+
+
+def test_student_of_two_towers_is_that_of_the_vision_tower():
+    model = randomize(CLIPModel(two_towers("clip_vision_model"))).eval()
+    student = student_from_teacher(model, UNTIED, init="first")
+    expected = own_hidden_states(model.vision_model, images())
+    torch.testing.assert_close(student_states(student, images()), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(student(images()).pooler_output, model.vision_model(images()).pooler_output, atol=1e-5)
+
+
+def test_layers_without_qkv_bias_make_blocks_without():
+    model = tiny_vit("vit", qkv_bias=False)
+    student = student_from_teacher(model, UNTIED, init="first")
+    assert student.encoder.blocks[0].attention.qkv.bias is None
+    expected = own_hidden_states(model, images())
+    torch.testing.assert_close(student_states(student, images()), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_saved_student_loads_as_it_was(family, tmp_path):
+    num_labels = None if family in ("vit_mae", "clip_vision_model") else 3
+    student = student_from_teacher(tiny_vit(family, num_labels), (3, 1), init="first", depth_conditioning="low_rank")
+    student.save_pretrained(tmp_path)
+    auto_class = AutoModel if num_labels is None else AutoModelForImageClassification
+    loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and loaded.config.embedding_type == family
+    assert torch.equal(student_states(loaded, images()), student_states(student, images()))
+    assert torch.equal(load_teacher(tmp_path).trajectory(images()), student_states(student, images()))
+
+
+@pytest.mark.parametrize("family", TEACHERS)
+def test_new_embeddings_are_initialised_and_all_of_them_learn(family, tmp_path):
+    config = RaptorConfig.from_teacher(tiny_vit(family).config, (3, 1), layerscale_value=1.0)
+    RaptorModel(config).save_pretrained(tmp_path)
+    model = RaptorForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    norm = model.raptor.embeddings.norm
+    assert (norm is not None) == (family == "clip_vision_model")
+    assert norm is None or (norm.weight.eq(1).all() and norm.bias.eq(0).all())
+    model(images(), labels=torch.tensor([0, 2])).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_without_cls_classification_reads_the_mean_patch():
+    model = tiny_model(RaptorForImageClassification, **SIGLIP)
+    with torch.no_grad():
+        outputs, tokens = model(tiny_images()), model.raptor(tiny_images())
+    assert tokens.last_hidden_state.shape == (2, 16, 24) and model.classifier.in_features == 24
+    mean = tokens.last_hidden_state.mean(1)
+    torch.testing.assert_close(tokens.pooler_output, mean)
+    torch.testing.assert_close(outputs.logits, mean @ model.classifier.weight.T + model.classifier.bias)
+
+
+def test_without_cls_depth_reads_the_mean_patch_in_its_place():
+    model = tiny_model(RaptorForDepthEstimation, **SIGLIP)
+    tokens = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(3))
+    features = model.features(tokens)
+    assert torch.equal(features[:, 1:], tokens)
+    torch.testing.assert_close(features[:, 0], tokens.mean(1))
+    assert model(tiny_images()).predicted_depth.shape == (2, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "model_class", [RaptorForImageClassification, RaptorForSemanticSegmentation, RaptorForDepthEstimation]
+)
+def test_without_cls_every_head_learns(model_class):
+    model = tiny_model(model_class, **SIGLIP).train()
+    model(tiny_images(), labels=tiny_labels(model_class)).loss.backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_without_cls_feature_maps_hold_all_tokens():
+    model = tiny_model(RaptorBackbone, **SIGLIP)
+    outputs = model(tiny_images(height=16, width=8), output_hidden_states=True)
+    states = model.layernorm(outputs.hidden_states[-1])
+    expected = states.transpose(1, 2).reshape(2, 24, 4, 2)
+    torch.testing.assert_close(outputs.feature_maps[0], expected)
+
+
+def test_a_segmentation_head_is_no_classifier_of_the_student_without_cls():
+    model = tiny_model(RaptorForSemanticSegmentation, **SIGLIP)
+    assert model.classifier.in_features == model.config.hidden_size
+    assert Teacher(model).classifier is None
+
+
+def test_only_students_of_dinov2_become_dinov2():
+    student = student_from_teacher(tiny_vit("vit"), (3, 1))
+    with pytest.raises(ValueError, match="embedding_type='vit' cannot become DINOv2"):
+        to_dinov2(student)
+    head = {"weight": torch.zeros(3, 2 * DIM), "bias": torch.zeros(3)}
+    siglip = student_from_teacher(tiny_vit("siglip_vision_model", num_labels=3), (3, 1))
+    with pytest.raises(ValueError, match="and a cls token"):
+        load_meta_linear_head(head, siglip)
+    load_meta_linear_head(head, student_from_teacher(tiny_vit("vit", num_labels=3), (3, 1)))
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "needed"),
+    [("vit", 4, 0), ("deit", 0, 1), ("clip_vision_model", 1, 0), ("siglip_vision_model", 1, 0), ("vit_mae", 2, 0)],
+)
+def test_registers_are_those_of_the_teachers_family(family, given, needed):
+    with pytest.raises(
+        StrictDataclassError, match=f"num_register_tokens is {given}; it must be {needed} for embedding_type"
+    ):
+        RaptorConfig(embedding_type=family, num_register_tokens=given)
+    RaptorConfig(embedding_type=family, num_register_tokens=needed)
+
+
+def test_students_of_dinov3_are_refused_with_the_reason():
+    with pytest.raises(ValueError, match="'dinov3_vit'; known are dinov2_with_registers, .* blocks see none"):
+        RaptorConfig.from_teacher(tiny_vit("dinov3_vit").config, (2, 2))
+
+
+def test_students_of_dinov2_keep_their_parameters():
+    student = student_from_teacher(tiny_dinov2(num_labels=3), (3, 1))
+    embeddings = {name for name in student.state_dict() if ".embeddings." in name}
+    names = ("cls_token", "register_tokens", "position_embeddings", "patch_embeddings.projection.weight")
+    assert embeddings == {f"raptor.embeddings.{n}" for n in (*names, "patch_embeddings.projection.bias")}
+    assert student.classifier.in_features == 2 * DIM

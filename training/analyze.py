@@ -1,0 +1,481 @@
+"""Depth as time: analyse how the states of one or several models move through their layers, on the same images.
+
+    accelerate launch training/analyze.py training/configs/analyze_digits.yaml
+    accelerate launch training/analyze.py --model facebook/dinov2-with-registers-base --compare runs/k3 \
+        --dataset imagenet-1k --split validation --num_images 2000 --output_dir runs/dynamics
+
+Writes report.md, figures/ and numbers.json: motion, ranks, class angles and linear models of all images, streamed; then
+perturbed, swapped, shortened and lengthened runs on some of them. Labels are used if they are classes of the models.
+Students are compared with the first model, whose phases (or those given, or found) mark all figures.
+"""
+
+import dataclasses
+import itertools
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModel, AutoModelForImageClassification
+
+from raptor_hf.basins import Reservoir, class_angles, image_key, summaries
+from raptor_hf.data import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator
+from raptor_hf.dynamics import DynamicsAccumulator, speed_jumps
+from raptor_hf.dynamics_figures import STYLES
+from raptor_hf.dynamics_report import Sample, summary_text, write_report
+from raptor_hf.extrapolation import DepthExtrapolation, EarlyExit
+from raptor_hf.findings import Analysis, findings
+from raptor_hf.interventions import EditExperiment, LayerEdit, Perturbation, layer_edits
+from raptor_hf.loading import eval_loader
+from raptor_hf.metrics import Accumulator, FidelityAccumulator, TopKAccuracy
+from raptor_hf.phases import Partition, find_phases
+from raptor_hf.recipe import describe_environment, warn_if_single_thread
+from raptor_hf.settings import parse_settings, settings_to_dict, user_errors
+from raptor_hf.similarity import SimilarityAccumulator
+from raptor_hf.spectra import SpectrumAccumulator
+from raptor_hf.teacher import Teacher, load_teacher
+
+logger = logging.getLogger("analyze")
+
+
+@dataclass(frozen=True)
+class AnalyzeSettings:
+    """Settings of an analysis."""
+
+    # the models; the first is the reference of the others
+    model: str
+    dataset: str
+    output_dir: str
+    compare: list[str] = dataclasses.field(default_factory=list)
+    untrained: bool = False  # adds a randomly initialised model of the first one's configuration
+    names: list[str] | None = None  # in figures, of all models in this order
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # the images
+    split: str = "test"
+    dataset_config: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    num_images: int | None = None
+    batch_size: int = 64
+    # the phases: given, else those of the first student among the models, else num_blocks of them are found
+    block_repeats: list[int] | None = None
+    num_blocks: int = 3
+    # what is streamed over all images
+    rank_stride: int = 4  # ranks are those of one of so many images; on GPUs, slow at eigenvalues, better 64
+    reservoir_images: int = 300
+    dmd_ridge: float = 1e-4
+    dmd_rank: int | None = None
+    dmd_steps: int = 4
+    # the experiments on some of the images
+    intervention_images: int = 200
+    noise_sizes: list[float] = dataclasses.field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
+    max_edited: int = 3  # layers replaced, or pairs swapped, at a time
+    max_single_edits: int | None = None  # of each kind; None takes all
+    edits_per_seed: int = 5  # of each kind and number above 1
+    edit_seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    depth_factor: float = 2.0  # the most steps, in units of the trained number
+    exit_thresholds: list[float] = dataclasses.field(
+        default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
+    )
+    # the rest
+    time_repeats: int = 7  # of the cost of the analysis against the forward pass; 0 leaves it out
+    num_workers: int = 0
+    max_decode_failures: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        zero = {"time_repeats", "num_workers", "max_decode_failures", "seed", "dmd_ridge"}
+        for name, value in settings_to_dict(self).items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                # written so that NaN does not pass
+                if not (value >= 0 if name in zero else value > 0):
+                    raise ValueError(f"{name} is {value}; it must be {'at least' if name in zero else 'above'} 0")
+        for name in ("noise_sizes", "exit_thresholds", "edit_seeds"):
+            values = getattr(self, name)
+            if not values or (name != "edit_seeds" and min(values) <= 0):
+                raise ValueError(f"{name} is {values}; it must be one or more numbers above 0")
+        count = 1 + len(self.compare) + self.untrained
+        if self.names is not None and (len(self.names) != count or len(set(self.names)) < count):
+            raise ValueError(f"names is {self.names}; it must be {count} different names, one per model")
+        if count > len(STYLES):
+            raise ValueError(f"{count} models are too many for one figure; {len(STYLES)} are the most")
+
+
+def main() -> None:
+    settings = parse_settings(AnalyzeSettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    began = time.perf_counter()
+    with user_errors():
+        accelerator = Accelerator()
+        warn_if_single_thread(logger, accelerator)
+        folder = Path(settings.output_dir)
+        if accelerator.is_main_process:
+            check_output(folder)
+        models = open_models(settings, accelerator.device)
+        processor = load_image_processor(settings.model)
+        for model in models.values():
+            check_image_size(processor, model.patch_size)
+        with accelerator.local_main_process_first():
+            images = open_images(
+                settings.dataset,
+                settings.split,
+                config_name=settings.dataset_config,
+                image_column=settings.image_column,
+                label_column=settings.label_column,
+            )
+        study = Study(settings, accelerator, models, images, processor)
+    study.find_partition()
+    study.stream()
+    study.experiment()
+    analyses = study.results()
+    if accelerator.is_main_process:
+        numbers = {
+            "settings": settings_to_dict(settings),
+            "images": images.title,
+            "num_images": analyses[0].dynamics.coherence.num_images,
+            "intervention_images": analyses[0].perturbation.rate.num_images,
+            "findings": findings(analyses),
+            "analysis_cost": study.timing() if settings.time_repeats else None,
+            **describe_environment(accelerator.device),
+        }
+        command = "accelerate launch training/analyze.py " + shlex.join(sys.argv[1:])
+        write_report(folder, analyses, study.partition, study.sample(), numbers, command)
+        print(summary_text(numbers["findings"]))
+        print(f"saved to {folder}: report.md, figures/ and numbers.json, in {time.perf_counter() - began:.0f} s")
+    accelerator.end_training()
+
+
+def check_output(folder: Path) -> None:
+    """Refuses a folder that holds anything but a former report."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r} is no folder")
+    if folder.exists() and any(folder.iterdir()) and not (folder / "numbers.json").exists():
+        raise ValueError(f"output_dir={str(folder)!r} holds other files and no report; choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+
+def open_models(settings: AnalyzeSettings, device: torch.device) -> dict[str, Teacher]:
+    """The models by name, in the order of the figures."""
+    dtype = getattr(torch, settings.dtype)
+    models = [load_teacher(name, dtype=dtype, device=device) for name in (settings.model, *settings.compare)]
+    if settings.untrained:
+        models.append(untrained(models[0], settings.seed, device))
+    for model in models[1:]:
+        if model.num_layers != models[0].num_layers:
+            raise ValueError(
+                f"{model.name} has {model.num_layers} layers and {models[0].name} {models[0].num_layers}; "
+                "models are compared layer by layer and need the same number"
+            )
+    names = settings.names or [Path(model.name).name for model in models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the models are called {names}; give different names")
+    return dict(zip(names, models, strict=True))
+
+
+def untrained(model: Teacher, seed: int, device: torch.device) -> Teacher:
+    """A randomly initialised model of the same configuration."""
+    auto_class = AutoModel if model.classifier is None else AutoModelForImageClassification
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        fresh = auto_class.from_config(model.config, dtype=next(model.model.parameters()).dtype)
+    return Teacher(fresh.to(device), name=f"untrained {model.name}")
+
+
+def knows_labels(images: ImageSet, model: Teacher) -> bool:
+    """Whether the labels of the images are classes of the model's classifier."""
+    if model.classifier is None or not images.has_labels:
+        return False
+    labels = [label for label in images.dataset.unique(images.label_column) if label is not None]
+    return all(0 <= label < model.classifier.out_features for label in labels)
+
+
+def shares_embeddings(model: Teacher, reference: Teacher) -> bool:
+    """Whether a model has the reference's embeddings, as its students do."""
+    ours, theirs = model.embeddings_state_dict(), reference.embeddings_state_dict()
+    return (
+        model is not reference
+        and ours.keys() == theirs.keys()
+        and all(ours[name].shape == theirs[name].shape and torch.allclose(ours[name], theirs[name]) for name in ours)
+    )
+
+
+class Streams:
+    """What one model's trajectories are streamed into."""
+
+    def __init__(self, model: Teacher, is_student: bool, spans: Sequence[tuple[int, int]], settings: AnalyzeSettings):
+        self.model = model
+        self.dynamics = DynamicsAccumulator(model.num_layers, model.num_registers, model.has_cls)
+        self.spectra = SpectrumAccumulator(model.num_layers, model.hidden_size, settings.rank_stride)
+        self.dmd = DMDAccumulator(model.hidden_size, spans)
+        self.reservoir = Reservoir(settings.reservoir_images, settings.seed)
+        self.accuracy = TopKAccuracy(topk=(1,))
+        self.fidelity = (
+            FidelityAccumulator(model.num_layers, model.num_registers, model.has_cls, model.hidden_size)
+            if is_student
+            else None
+        )
+
+    def parts(self) -> dict[str, Callable[[Tensor, Sequence[str], Tensor | None], None]]:
+        """The analyses of every model by name, as functions of states, names and labels."""
+
+        def sample(states: Tensor, names: Sequence[str], labels: Tensor | None) -> None:
+            self.reservoir.update(names, summaries(states, self.model.num_registers, self.model.has_cls), labels)
+
+        return {
+            "motion": lambda states, names, labels: self.dynamics.update(states),
+            "ranks": lambda states, names, labels: self.spectra.update(states),
+            "linear models": lambda states, names, labels: self.dmd.update(states[fitted(names)]),
+            "class angles": sample,
+        }
+
+    def accumulators(self) -> list[Accumulator]:
+        return [self.dynamics, self.spectra, self.dmd, self.accuracy, *([self.fidelity] if self.fidelity else [])]
+
+
+class Experiments:
+    """What is done with one model."""
+
+    def __init__(self, model: Teacher, operators: list[SpanOperator], edits: list[LayerEdit], s: AnalyzeSettings):
+        layers = range(model.num_layers)
+        most = max(model.num_layers, round(s.depth_factor * model.num_layers))
+        spread = sorted({max(1, round(model.num_layers * f)) for f in (0.5, 0.75, 1, 1.5, s.depth_factor)})
+        self.errors = DMDErrors(operators, model.num_registers, model.has_cls, s.dmd_steps)
+        self.continuation = ContinuationExperiment(model, operators)
+        self.perturbation = Perturbation(model, s.noise_sizes, layers, s.seed)
+        self.edits = EditExperiment(model, edits)
+        self.depths = [
+            DepthExtrapolation(model, range(1, most + 1), "hold"),
+            DepthExtrapolation(model, spread, "spread"),
+        ]
+        self.exits = [EarlyExit(model, s.exit_thresholds, rule) for rule in ("angular_speed", "second_difference")]
+
+    def update(self, states: Tensor, final: Tensor, names: Sequence[str], labels: Tensor | None) -> None:
+        held_out = states[~fitted(names)]
+        if len(held_out):
+            self.errors.update(held_out)
+            self.continuation.update(held_out)
+        self.perturbation.update(states)
+        self.edits.update(states, labels)
+        for depth in self.depths:
+            depth.update(states, final, labels)
+        for rule in self.exits:
+            rule.update(states, labels)
+
+    def accumulators(self) -> list[Accumulator]:
+        return [self.errors, self.continuation, self.perturbation, self.edits, *self.depths, *self.exits]
+
+
+def fitted(names: Sequence[str]) -> Tensor:
+    """Which images linear models are fitted on, about half of them; their errors are those on the others. (B,)"""
+    return torch.tensor([image_key(name, seed=1) < 0.5 for name in names], dtype=torch.bool)
+
+
+class Study:
+    """The analysis under way."""
+
+    def __init__(
+        self,
+        settings: AnalyzeSettings,
+        accelerator: Accelerator,
+        models: dict[str, Teacher],
+        images: ImageSet,
+        processor: Any,
+    ) -> None:
+        self.settings, self.accelerator = settings, accelerator
+        self.models, self.images, self.processor = models, images, processor
+        self.reference = next(iter(models.values()))
+        self.students = {name for name, model in models.items() if shares_embeddings(model, self.reference)}
+        depth = self.reference.num_layers
+        if settings.block_repeats is not None and sum(settings.block_repeats) != depth:
+            raise ValueError(f"block_repeats is {settings.block_repeats}; it must sum to the model's {depth} layers")
+        self.has_labels = all(knows_labels(images, model) for model in models.values())
+
+    def batches(self, title: str, limit: int | None = None) -> Iterator[tuple[Tensor, list[str], Tensor | None]]:
+        """Images, names and, if they are classes of all models, labels; this process's share."""
+        loader = eval_loader(
+            self.images,
+            self.processor,
+            batch_size=self.settings.batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            num_workers=self.settings.num_workers,
+            limit=min((n for n in (limit, self.settings.num_images) if n is not None), default=None),
+            max_failures=self.settings.max_decode_failures,
+        )
+        dtype = getattr(torch, self.settings.dtype)
+        for batch in tqdm(loader, title, disable=not self.accelerator.is_main_process, leave=False):
+            labels = batch["labels"].to(self.accelerator.device) if "labels" in batch else None
+            yield batch["pixel_values"].to(self.accelerator.device, dtype), batch["names"], labels
+
+    def reduce(self, accumulators: Sequence[Accumulator]) -> None:
+        """Adds up the sums of all processes."""
+        for accumulator in accumulators:
+            sums = accumulator.sums().to(self.accelerator.device)
+            accumulator.load_sums(self.accelerator.reduce(sums, reduction="sum"))
+
+    def find_partition(self) -> None:
+        """The phases, given, of a student, or found on the images of the experiments."""
+        settings, layers = self.settings, self.reference.num_layers
+        student = next((model for model in self.models.values() if model.family == "raptor"), None)
+        if settings.block_repeats is not None:
+            ends = np.cumsum(settings.block_repeats)[:-1].tolist()
+            self.partition = Partition.from_boundaries(ends, layers, method="given")
+        elif student is not None:
+            self.partition = Partition(tuple(map(tuple, student.config.block_layers)), method="of the student")
+        else:
+            similarity = SimilarityAccumulator(layers, self.reference.num_registers, has_cls=self.reference.has_cls)
+            for pixel_values, _, _ in self.batches("phases", settings.intervention_images):
+                similarity.update(self.reference.trajectory(pixel_values))
+            self.reduce([similarity])
+            self.partition = find_phases(similarity.compute(), settings.num_blocks)
+        self.boundaries = list(self.partition.boundaries)
+        self.spans = list(itertools.pairwise([0, *self.boundaries, layers]))
+
+    def stream(self) -> None:
+        """Passes over all images."""
+        self.streams = {
+            name: Streams(model, name in self.students, self.spans, self.settings)
+            for name, model in self.models.items()
+        }
+        for pixel_values, names, labels in self.batches("trajectories"):
+            reference_states = None
+            for name, model in self.models.items():
+                streams, states = self.streams[name], model.trajectory(pixel_values)
+                reference_states = states if reference_states is None else reference_states
+                for update in streams.parts().values():
+                    update(states, names, labels)
+                if streams.fidelity is not None:
+                    streams.fidelity.update(reference_states, states)
+                if self.has_labels:
+                    streams.accuracy.update(model.logits(states[:, -1]), labels)
+        for streams in self.streams.values():
+            self.reduce(streams.accumulators())
+            streams.reservoir.merge(self.accelerator)
+
+    def edits(self) -> list[LayerEdit]:
+        """All single edits, or as many as the settings allow, and samples of several at a time."""
+        s, edits = self.settings, []
+        for kind, relation in itertools.product(("replace", "swap"), ("within", "across")):
+            edits += layer_edits(self.partition, kind, relation, 1, s.max_single_edits, s.seed)
+            for number, seed in itertools.product(range(2, s.max_edited + 1), s.edit_seeds):
+                edits += layer_edits(self.partition, kind, relation, number, s.edits_per_seed, seed)
+        return list(dict.fromkeys(edits))
+
+    def experiment(self) -> None:
+        """Runs the experiments on the first images."""
+        edits = self.edits()
+        self.experiments = {}
+        for name, model in self.models.items():
+            operators = self.streams[name].dmd.fit(self.settings.dmd_ridge, self.settings.dmd_rank)
+            self.experiments[name] = Experiments(model, operators, edits, self.settings)
+        for pixel_values, names, labels in self.batches("experiments", self.settings.intervention_images):
+            reference_states = self.reference.trajectory(pixel_values)
+            for name, model in self.models.items():
+                states = reference_states if model is self.reference else model.trajectory(pixel_values)
+                final = (reference_states if name in self.students else states)[:, -1]
+                self.experiments[name].update(states, final, names, labels if self.has_labels else None)
+        for experiments in self.experiments.values():
+            self.reduce(experiments.accumulators())
+
+    def sample(self) -> Sample:
+        """The mean patches that the projection shows."""
+        vectors = {name: streams.reservoir.vectors[:, :, -1] for name, streams in self.streams.items()}
+        labels = self.streams[next(iter(self.streams))].reservoir.labels
+        return Sample(vectors, labels, self.images.class_names)
+
+    def results(self) -> list[Analysis]:
+        """Everything measured, by model."""
+        return [self._analysis(name) for name in self.models]
+
+    def _analysis(self, name: str) -> Analysis:
+        model, streams, experiments = self.models[name], self.streams[name], self.experiments[name]
+        dynamics = streams.dynamics.compute()
+        labels = streams.reservoir.labels
+        jumps = {
+            group: speed_jumps(curve.mean, self.boundaries)
+            for group, curve in dynamics.speed_change.items()
+            if 0 < len(self.boundaries) < len(curve.mean)
+        }
+        return Analysis(
+            name=name,
+            source=model.name,
+            family=model.family,
+            num_parameters=model.num_parameters,
+            accuracy=streams.accuracy.compute()["accuracy"] if self.has_labels else None,
+            dynamics=dynamics,
+            spectra=streams.spectra.compute(),
+            jumps=jumps,
+            class_angles=None if labels is None else class_angles(streams.reservoir.vectors, labels),
+            perturbation=experiments.perturbation.compute(),
+            edits=experiments.edits.compute(),
+            dmd=experiments.errors.compute(),
+            operators=experiments.errors.operators,
+            continuation=experiments.continuation.compute(),
+            extrapolation=[depth.compute() for depth in experiments.depths],
+            exits=[rule.compute() for rule in experiments.exits],
+            fidelity=None if streams.fidelity is None else streams.fidelity.compute(),
+        )
+
+    def timing(self) -> dict[str, Any]:
+        """What the streamed analysis of all models costs, as shares of their forward passes, on one batch."""
+        pixel_values, names, labels = next(iter(self.batches("timing", self.settings.batch_size)))
+        fresh = {
+            name: Streams(model, name in self.students, self.spans, self.settings)
+            for name, model in self.models.items()
+        }
+        states = {name: model.trajectory(pixel_values) for name, model in self.models.items()}
+        reference = next(iter(states.values()))
+        tasks: dict[str, Callable[[], Any]] = {
+            "forward": lambda: [model.trajectory(pixel_values) for model in self.models.values()]
+        }
+        parts = {name: streams.parts() for name, streams in fresh.items()}
+        for part in next(iter(parts.values())):
+            tasks[part] = lambda part=part: [parts[name][part](states[name], names, labels) for name in parts]
+        if self.students:
+            tasks["epsilon"] = lambda: [fresh[name].fidelity.update(reference, states[name]) for name in self.students]
+        return measure_shares(tasks, self.settings.time_repeats) | {"batch_size": len(pixel_values)}
+
+
+def measure_shares(tasks: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Times tasks in turn, so that drift meets all of them, and gives their medians as shares of the first one's.
+
+    On a CPU it is processor time, in which other programs do not count.
+
+    Returns:
+        "forward_seconds": median of the first task; "shares": of each other task, the median of the ratio; "total": the
+        median of the ratio of all others together.
+    """
+    clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+    seconds = np.zeros((repeats, len(tasks)))
+    for repeat in range(-1, repeats):  # the first round warms up
+        for index, task in enumerate(tasks.values()):
+            began = clock()
+            task()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repeat >= 0:
+                seconds[repeat, index] = clock() - began
+    ratios = seconds[:, 1:] / seconds[:, :1]
+    return {
+        "forward_seconds": float(np.median(seconds[:, 0])),
+        "shares": dict(zip(list(tasks)[1:], np.median(ratios, 0).tolist(), strict=True)),
+        "total": float(np.median(ratios.sum(1))),
+        "repeats": repeats,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; nothing was written") from None

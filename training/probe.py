@@ -1,0 +1,722 @@
+"""Train a linear head on a frozen backbone, report its metric, and save it into the model's folder as a variant.
+
+    accelerate launch --config_file training/accelerate/cpu.yaml training/probe.py training/configs/probe_digits.yaml
+    accelerate launch training/probe.py training/configs/probe_ade20k.yaml --model runs/k3
+
+The backbone is a student, by folder or name, or a teacher, which is turned into the Raptor with one block per layer and
+saved as such: teacher and student go through the same code. Features are computed once where no augmentation asks for
+new ones and they fit into memory. Every setting is a key of the YAML file and a flag of the same name; those of the
+optimization are the published ones of the task unless given. The same command, given again, resumes from the last
+checkpoint. What a probe costs and gives stands in its config.
+"""
+
+import copy
+import functools
+import json
+import logging
+import math
+import shlex
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from raptor_hf import figures
+from raptor_hf.checkpoint import resume_run, save_run
+from raptor_hf.configuration_raptor import as_pair
+from raptor_hf.data import ImageSet, check_image_size, check_labels, load_image_processor, open_images
+from raptor_hf.dense import DenseSet, open_dense
+from raptor_hf.hub import check_head, save_head
+from raptor_hf.image_processing_raptor import RaptorImageProcessor
+from raptor_hf.loading import EpochOrder, ImageLoader, eval_loader, train_loader
+from raptor_hf.probing import (
+    PROTOCOLS,
+    Backbone,
+    FeatureBank,
+    Probe,
+    ProbeMetric,
+    Task,
+    bank_bytes,
+    initialize_head,
+    load_backbone,
+    make_probe,
+    pool_features,
+)
+from raptor_hf.recipe import (
+    IntervalLog,
+    NonFiniteGuard,
+    cosine_schedule,
+    describe_environment,
+    warn_if_single_thread,
+    write_json,
+)
+from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.teacher import count_parameters, macs
+from raptor_hf.transforms import CropFlip, DepthCollate, SegmentationCollate
+
+logger = logging.getLogger("probe")
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Settings of a probe; None among those of the optimization is the published value of the task."""
+
+    # the backbone and the head
+    model: str
+    task: Task
+    dataset: str
+    variant: str  # name of the head in the model's folder
+    output_dir: str
+    model_revision: str | None = None
+    num_layers: int | None = None  # of a teacher, the first ones; a compression baseline
+    reinitialize: bool = False  # a teacher's weights, to see what training gave it
+    init_head: str | None = None  # "own" classifier, another variant, or a file in Meta's format
+    # the images
+    dataset_config: str | None = None
+    dataset_revision: str | None = None
+    train_split: str = "train"
+    test_split: str = "validation"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    augment: Literal["none", "crop_flip"] | None = None
+    # masks: how many classes, and which label has none, where the data set does not tell
+    num_classes: int | None = None
+    ignore_label: int | None = None
+    # depth, in metres
+    depth_unit: float | None = None
+    num_depth_bins: int = 256
+    min_depth: float = 1e-3
+    max_depth: float = 10.0
+    eigen_crop: bool = False
+    # the training
+    epochs: int | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    final_learning_rate: float = 0.0
+    warmup_steps: int | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float = 1.0
+    # also k-NN and logistic regression
+    quick_checks: bool = False
+    knn_k: int = 20
+    # the machine
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    num_workers: int = 0
+    cache_gb: float = 4.0  # features are kept in memory up to this size
+    seeds: list[int] | None = None
+    # the run
+    eval_batch_size: int = 64
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    max_nonfinite_steps: int = 0
+    max_decode_failures: int = 100
+    tracker: str | None = None
+    override: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in {"seeds": [0], **PROTOCOLS[self.task].settings}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        positive = {"epochs", "batch_size", "learning_rate", "max_grad_norm", "eval_batch_size", "log_every"}
+        positive |= {"checkpoint_every", "keep_checkpoints", "knn_k", "image_size", "num_layers", "depth_unit"}
+        positive |= {"num_classes", "num_depth_bins", "min_depth", "max_depth"}
+        for name, value in settings_to_dict(self).items():
+            if isinstance(value, int | float) and not (value > 0 if name in positive else value >= 0):
+                raise ValueError(f"{name} is {value}; it must be {'above' if name in positive else 'at least'} 0")
+        if math.isinf(self.learning_rate):
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds is {self.seeds}; it must hold numbers from 0 on, each once")
+        is_classification = self.task == "image-classification"
+        for name in ("init_head", "quick_checks"):
+            if getattr(self, name) and not is_classification:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it goes with image-classification only")
+        if self.augment != "none" and not is_classification:
+            raise ValueError(f"augment is {self.augment!r}; the published protocol of {self.task} has none")
+
+
+def main() -> None:
+    settings = parse_settings(ProbeSettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    folder = Path(settings.output_dir)
+    with user_errors():
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=settings.tracker,
+            project_dir=str(folder / "logs") if settings.tracker else None,
+        )
+        warn_if_single_thread(logger, accelerator)
+        set_seed(settings.seeds[0])
+        inputs = open_inputs(settings, accelerator)
+        if accelerator.is_main_process:
+            prepare_output_dir(folder, settings, override=settings.override, needed_bytes=disk_space(inputs, settings))
+        accelerator.wait_for_everyone()
+    if settings.tracker:
+        accelerator.init_trackers("probe", config={k: str(v) for k, v in settings_to_dict(settings).items()})
+
+    parameters = inputs.probe.head.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    probe, optimizer = accelerator.prepare(inputs.probe, optimizer)
+    run = Run(settings, accelerator, inputs, probe, optimizer)
+    run.train()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_outputs(run)
+    accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Backbone, head and images, all checked.
+
+    Args:
+        backbone: as loaded.
+        probe: with a head that fits the task.
+        start: classifier, or file of one, that the head starts from; None starts at random.
+        processor: of the images that are not augmented.
+        class_names: None for depth.
+        image_size: height and width of the processed images in pixels.
+        train_batches: `train_loader` with everything but seed and steps.
+        plain_batches: the training images once, not augmented.
+        test_batches: the test images once.
+        num_train_images: N.
+        num_test_images: of the split that the metrics are for.
+        num_steps: of one head.
+    """
+
+    backbone: Backbone
+    probe: Probe
+    start: nn.Linear | str | None
+    processor: RaptorImageProcessor
+    class_names: list[str] | None
+    image_size: tuple[int, int]
+    train_batches: functools.partial
+    plain_batches: ImageLoader
+    test_batches: ImageLoader
+    num_train_images: int
+    num_test_images: int
+    num_steps: int
+
+
+def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
+    """Everything that can be wrong with backbone, images and truth, before any work starts."""
+    for name in ("batch_size", "eval_batch_size"):
+        if getattr(settings, name) % accelerator.num_processes:
+            raise ValueError(
+                f"{name} is {getattr(settings, name)}; it must be a multiple of {accelerator.num_processes} processes"
+            )
+    backbone, start = open_backbone(settings)
+    # one process of each node prepares the data set, the others find it in the cache
+    with accelerator.local_main_process_first():
+        train_images, test_images = (
+            open_split(settings, split) for split in (settings.train_split, settings.test_split)
+        )
+    class_names = classes_of(settings, train_images, test_images, backbone)
+    processor = RaptorImageProcessor.from_teacher(load_image_processor(settings.model, settings.model_revision))
+    collate, augment, train_processor = image_pipeline(settings, processor, backbone)
+    share = {"num_workers": settings.num_workers, "max_failures": settings.max_decode_failures}
+    share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    once = functools.partial(eval_loader, batch_size=settings.eval_batch_size, collate=collate, **share)
+    test_batches = once(test_images, processor)
+    image_size = probe_image_size(once(test_images, processor, limit=1, num_workers=0), backbone)
+    probe = make_probe(
+        backbone,
+        settings.task,
+        class_names=class_names,
+        num_depth_bins=settings.num_depth_bins,
+        min_depth=settings.min_depth,
+        max_depth=settings.max_depth,
+    )
+    initialize_head(probe, settings.seeds[0], start)
+    num_steps = max(1, round(settings.epochs * train_images.num_images / settings.batch_size))
+    if settings.warmup_steps >= num_steps:
+        raise ValueError(
+            f"warmup_steps is {settings.warmup_steps}; it must be below the {num_steps} steps that {settings.epochs} "
+            f"epochs of {train_images.num_images} images make"
+        )
+    if backbone.folder is not None:
+        check_head(probe.model, backbone.folder, settings.variant)
+    return Inputs(
+        backbone=backbone,
+        probe=probe,
+        start=start,
+        processor=processor,
+        class_names=class_names,
+        image_size=image_size,
+        train_batches=functools.partial(
+            train_loader,
+            train_images,
+            train_processor,
+            batch_size=settings.batch_size,
+            collate=collate,
+            augment=augment,
+            **share,
+        ),
+        plain_batches=once(train_images, processor),
+        test_batches=test_batches,
+        num_train_images=train_images.num_images,
+        num_test_images=test_images.num_images,
+        num_steps=num_steps,
+    )
+
+
+def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | None]:
+    """The backbone, and what the head starts from."""
+    wanted = settings.init_head
+    is_file = wanted is not None and wanted.endswith((".pth", ".pt"))
+    if is_file and not Path(wanted).is_file():
+        raise FileNotFoundError(f"init_head={wanted!r} does not exist; it is a file, a variant of the model, or 'own'")
+    variant = None if wanted in (None, "own") or is_file else wanted
+    backbone = load_backbone(
+        settings.model,
+        revision=settings.model_revision,
+        num_layers=settings.num_layers,
+        variant=variant,
+        reinitialize=settings.reinitialize,
+    )
+    if wanted is None or is_file:
+        return backbone, wanted
+    if backbone.classifier is None:
+        raise ValueError(f"init_head is {wanted!r}, but {settings.model} has no such classifier")
+    return backbone, backbone.classifier
+
+
+def open_split(settings: ProbeSettings, split: str) -> ImageSet | DenseSet:
+    """Images with their truth."""
+    sources = {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
+    sources |= {"image_column": settings.image_column}
+    if settings.task == "image-classification":
+        images = open_images(settings.dataset, split, label_column=settings.label_column, **sources)
+        if not images.has_labels:
+            raise ValueError(f"{images.title} has no class labels; name their column with label_column")
+        return images
+    images = open_dense(
+        settings.task,
+        settings.dataset,
+        split,
+        target_column=settings.label_column,
+        num_classes=settings.num_classes,
+        ignore_label=settings.ignore_label,
+        depth_unit=settings.depth_unit,
+        **sources,
+    )
+    depth_range = (settings.min_depth, settings.max_depth) if settings.task == "depth-estimation" else None
+    images.check(depth_range=depth_range)
+    return images
+
+
+def classes_of(
+    settings: ProbeSettings, train_images: ImageSet | DenseSet, test_images: ImageSet | DenseSet, backbone: Backbone
+) -> list[str] | None:
+    """Names of the classes, checked against the labels; None for depth."""
+    if settings.task == "depth-estimation":
+        return None
+    if settings.task == "semantic-segmentation":
+        return train_images.class_names
+    labels = [label for images in (train_images, test_images) for label in images.dataset.unique(images.label_column)]
+    names = train_images.class_names or [str(label) for label in range(max(x for x in labels if x is not None) + 1)]
+    for images in (train_images, test_images):
+        check_labels(images, len(names))
+    own = backbone.model.config
+    # where the data set does not tell them, the model may
+    return list(own.id2label.values()) if train_images.class_names is None and own.num_labels == len(names) else names
+
+
+def image_pipeline(
+    settings: ProbeSettings, processor: RaptorImageProcessor, backbone: Backbone
+) -> tuple[Callable | None, Callable | None, RaptorImageProcessor]:
+    """How images and truth become batches: collate, augmentation, and the processor of augmented images."""
+    side, patch = settings.image_size, as_pair(backbone.model.config.patch_size)[0]
+    if settings.task == "semantic-segmentation":
+        return SegmentationCollate(processor, side), None, processor
+    if settings.task == "depth-estimation":
+        return DepthCollate(processor, patch), None, processor
+    if side is not None:
+        processor.size, processor.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
+    height, _ = check_image_size(processor, patch)
+    if settings.augment == "none":
+        return None, None, processor
+    cropped = copy.deepcopy(processor)
+    cropped.do_resize = cropped.do_center_crop = False
+    return None, CropFlip(height), cropped
+
+
+def probe_image_size(batches: ImageLoader, backbone: Backbone) -> tuple[int, int]:
+    """Height and width of the processed images, which must divide into patches."""
+    size = tuple(next(iter(batches))["pixel_values"].shape[-2:])
+    for side, patch in zip(size, as_pair(backbone.model.config.patch_size), strict=True):
+        if side % patch:
+            raise ValueError(
+                f"images of {size[0]} x {size[1]} pixels do not divide into patches of {patch}; "
+                f"set image_size to a multiple of it, such as {side // patch * patch + patch}"
+            )
+    return size
+
+
+def disk_space(inputs: Inputs, settings: ProbeSettings) -> int:
+    """Bytes that a run may take: checkpoints with head and two moments, one being written, heads, and the backbone."""
+    head = sum(parameter.numel() for parameter in inputs.probe.head.parameters())
+    copies = 3 * (settings.keep_checkpoints + 1) + len(settings.seeds) + 1
+    return 4 * (head * copies + count_parameters(inputs.backbone.model)) + 10_000_000
+
+
+class Run:
+    """The training under way: what a checkpoint holds, the loop, and the evaluation."""
+
+    def __init__(
+        self,
+        settings: ProbeSettings,
+        accelerator: Accelerator,
+        inputs: Inputs,
+        probe: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.settings, self.accelerator, self.inputs = settings, accelerator, inputs
+        self.probe, self.optimizer = probe, optimizer
+        self.folder = Path(settings.output_dir)
+        self.seed_index, self.step = 0, 0
+        self.evaluations: list[list[dict[str, Any]]] = []
+        self.histories: list[list[dict[str, Any]]] = []
+        self.failures: dict[str, str] = {}
+        self.pending_log: dict[str, Any] | None = None
+        self.banks: dict[str, FeatureBank] = {}
+        self.num_steps = inputs.num_steps
+
+    @property
+    def unwrapped(self) -> Probe:
+        return self.accelerator.unwrap_model(self.probe)
+
+    def train(self) -> None:
+        """All seeds, from where the run is."""
+        self.resume()
+        self.cache_features()
+        while self.seed_index < len(self.settings.seeds):
+            self.train_seed(self.settings.seeds[self.seed_index])
+            self.keep_head(self.settings.seeds[self.seed_index])
+            self.seed_index, self.step, self.pending_log = self.seed_index + 1, 0, None
+            if self.seed_index < len(self.settings.seeds):
+                self.optimizer.state.clear()
+                initialize_head(self.unwrapped, self.settings.seeds[self.seed_index], self.inputs.start)
+
+    def cache_features(self) -> None:
+        """Features of all images, where none changes from epoch to epoch and there is memory for them."""
+        settings, inputs = self.settings, self.inputs
+        num_images = inputs.num_train_images + inputs.num_test_images
+        size = bank_bytes(inputs.probe, settings.task, num_images, inputs.image_size)
+        if settings.augment != "none" or size > settings.cache_gb * 1e9:
+            return
+        for name, loader in (("train", inputs.plain_batches), ("test", inputs.test_batches)):
+            batches = tqdm(loader, f"features, {name}", disable=not self.accelerator.is_main_process, leave=False)
+            with self.accelerator.autocast():
+                own = pool_features(self.unwrapped, batches, self.accelerator.device)
+            shares = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
+            self.banks[name] = FeatureBank.joined(shares)
+            self.failures |= self.banks[name].failures
+
+    def train_seed(self, seed: int) -> None:
+        """One head, from where it is."""
+        settings, accelerator = self.settings, self.accelerator
+        log = IntervalLog(
+            accelerator,
+            num_steps=self.num_steps,
+            images_per_step=settings.batch_size,
+            log_every=settings.log_every,
+        )
+        if self.pending_log:
+            log.load_state_dict(self.pending_log)
+        del self.histories[self.seed_index :]
+        self.histories.append(log.history)
+        if len(self.evaluations) == self.seed_index:
+            self.evaluations.append([])
+        guard = NonFiniteGuard(settings.max_nonfinite_steps)
+        ends = {round(epoch * self.num_steps / settings.epochs): epoch for epoch in range(1, settings.epochs + 1)}
+        bar = tqdm(
+            self.batches(seed),
+            f"seed {seed}",
+            total=self.num_steps,
+            initial=self.step,
+            disable=not accelerator.is_main_process,
+            leave=False,
+        )
+        for step, batch in enumerate(bar, start=self.step):
+            lr = cosine_schedule(
+                step,
+                num_steps=self.num_steps,
+                warmup_steps=settings.warmup_steps,
+                base_lr=settings.learning_rate,
+                final_lr=settings.final_learning_rate,
+            )
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            loss, _ = self.probe(
+                batch["features"].to(accelerator.device),
+                self.inputs.image_size,
+                batch["labels"].to(accelerator.device, non_blocking=True),
+            )
+            accelerator.backward(loss)
+            norm = accelerator.clip_grad_norm_(self.unwrapped.head.parameters(), settings.max_grad_norm)
+            is_finite = bool(accelerator.reduce((loss.isfinite() & norm.isfinite()).float(), reduction="mean") == 1)
+            if guard.check(step + 1, is_finite, batch["names"]):
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.step = step + 1
+            if record := log.update(step + 1, {"loss": loss}, lr=lr):
+                accelerator.log(record, step=self.seed_index * self.num_steps + step + 1)
+            if self.step in ends:
+                self.evaluations[-1].append({"epoch": ends[self.step], **self.evaluate()})
+            if self.step % settings.checkpoint_every == 0 or self.step == self.num_steps:
+                self.save(log)
+
+    def batches(self, seed: int) -> Iterator[dict[str, Any]]:
+        """Features and labels of this process's share of every step that is left, in the order of `train_loader`."""
+        settings, accelerator = self.settings, self.accelerator
+        if "train" not in self.banks:
+            loader = self.inputs.train_batches(seed=seed, num_steps=self.num_steps, start_step=self.step)
+            loader.failures.reasons.update(self.failures)
+            self.failures = loader.failures.reasons
+            for batch in loader:
+                with accelerator.autocast():
+                    features = self.unwrapped.features(batch["pixel_values"].to(accelerator.device))
+                yield {"features": features, "labels": batch["labels"], "names": batch["names"]}
+            return
+        bank = self.banks["train"]
+        order, share = EpochOrder(bank.num_images, seed), settings.batch_size // accelerator.num_processes
+        for step in range(self.step, self.num_steps):
+            first = step * settings.batch_size + accelerator.process_index * share
+            rows = [order(position) for position in range(first, first + share)]
+            yield {
+                "features": bank.features[rows],
+                "labels": bank.labels[rows],
+                "names": [bank.names[row] for row in rows],
+            }
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """The metrics on the test images; a collective operation."""
+        settings, accelerator = self.settings, self.accelerator
+        metric = ProbeMetric(
+            settings.task,
+            self.unwrapped.head.out_features,
+            settings.min_depth,
+            settings.max_depth,
+            settings.eigen_crop,
+        )
+        for features, labels in self.test_features():
+            labels = labels.to(accelerator.device)
+            _, predictions = self.unwrapped(features.to(accelerator.device), self.inputs.image_size, labels)
+            metric.update(predictions, labels)
+        accumulator = metric.accumulator
+        accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
+        return metric.compute()
+
+    def test_features(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features and labels of this process's share of the test images."""
+        if "test" in self.banks:
+            bank, accelerator = self.banks["test"], self.accelerator
+            first, end = (
+                bank.num_images * index // accelerator.num_processes
+                for index in (accelerator.process_index, accelerator.process_index + 1)
+            )
+            size = self.settings.eval_batch_size
+            for start in range(first, end, size):
+                rows = slice(start, min(start + size, end))
+                yield bank.features[rows], bank.labels[rows]
+            return
+        batches = tqdm(
+            self.inputs.test_batches, "evaluation", disable=not self.accelerator.is_main_process, leave=False
+        )
+        for batch in batches:
+            with self.accelerator.autocast():
+                yield self.unwrapped.features(batch["pixel_values"].to(self.accelerator.device)), batch["labels"]
+
+    def save(self, log: IntervalLog) -> None:
+        """Writes a checkpoint; a collective operation."""
+        progress = {
+            "seed_index": self.seed_index,
+            "step": self.step,
+            "log": log.state_dict(),
+            "histories": self.histories,
+            "evaluations": self.evaluations,
+            "failures": self.failures,
+        }
+        save_run(
+            self.folder / "checkpoints",
+            self.seed_index * self.num_steps + self.step,
+            self.accelerator,
+            self.probe,
+            self.optimizer,
+            progress,
+            trainable_only=True,
+            keep=self.settings.keep_checkpoints,
+        )
+
+    def resume(self) -> None:
+        """Takes up the last checkpoint, if there is one; a collective operation."""
+        progress = resume_run(self.folder / "checkpoints", self.accelerator, self.probe, self.optimizer)
+        if progress is None:
+            return
+        self.seed_index, self.step, self.pending_log = progress["seed_index"], progress["step"], progress["log"]
+        self.histories, self.evaluations = progress["histories"], progress["evaluations"]
+        self.failures = progress["failures"]
+        logger.info("resumed in seed %d after step %d", self.settings.seeds[self.seed_index], self.step)
+
+    def keep_head(self, seed: int) -> None:
+        """The head of a seed that is done, so that a run that stops later still has it."""
+        if self.accelerator.is_main_process:
+            (self.folder / "heads").mkdir(exist_ok=True)
+            state = {name: tensor.detach().cpu() for name, tensor in self.unwrapped.head.state_dict().items()}
+            save_file(state, self.head_file(seed))
+
+    def head_file(self, seed: int) -> Path:
+        return self.folder / "heads" / f"seed-{seed}.safetensors"
+
+
+def describe_probe(run: Run) -> dict[str, Any]:
+    """What metrics.json says under "probes" of this head."""
+    settings, protocol = run.settings, PROTOCOLS[run.settings.task]
+    last = [evaluations[-1] for evaluations in run.evaluations]
+    pick = max if protocol.higher_is_better else min
+    best = [pick(evaluations, key=lambda evaluation: evaluation[protocol.metric]) for evaluations in run.evaluations]
+    return {
+        "task": settings.task,
+        "dataset": settings.dataset,
+        "dataset_config": settings.dataset_config,
+        "split": settings.test_split,
+        "num_images": run.inputs.num_test_images,
+        "metric": protocol.metric,
+        "higher_is_better": protocol.higher_is_better,
+        "seeds": settings.seeds,
+        "last": {name: [entry[name] for entry in last] for name in last[0] if name != "epoch"},
+        # the best epoch is chosen on the very images it is reported for
+        "best": {name: [entry[name] for entry in best] for name in ("epoch", protocol.metric)},
+        "epochs": settings.epochs,
+        "steps": run.num_steps,
+        "batch_size": settings.batch_size,
+        "learning_rate": settings.learning_rate,
+        "augment": settings.augment,
+        "init": settings.init_head or "random",
+        "image_size": list(run.inputs.image_size),
+        "head_parameters": sum(parameter.numel() for parameter in run.unwrapped.head.parameters()),
+        "seconds": sum(history[-1]["seconds"] for history in run.histories),
+        "unreadable_images": run.failures,
+        "command": shlex.join(["training/probe.py", *sys.argv[1:]]),
+        **describe_environment(run.accelerator.device),
+    }
+
+
+def save_outputs(run: Run) -> None:
+    """The head of the first seed and the numbers, in the model's folder; figures there and in the run's."""
+    settings, inputs, probe = run.settings, run.inputs, run.unwrapped
+    probe.head.load_state_dict(load_file(run.head_file(settings.seeds[0])))
+    record = describe_probe(run)
+    checks = quick_checks(run, settings.knn_k) if settings.quick_checks else None
+    picture = f"probe-{settings.variant}.png"
+    (run.folder / "figures").mkdir(exist_ok=True)
+    draw_predictions(run, run.folder / "figures" / picture)
+    write_json(run.folder / "losses.json", dict(zip(map(str, settings.seeds), run.histories, strict=True)))
+    write_json(run.folder / "probe.json", record | {"evaluations": run.evaluations, "quick_checks": checks})
+
+    folder = inputs.backbone.folder or run.folder
+    probe.model.to("cpu")
+    if inputs.backbone.folder is None:
+        if not (folder / "model.safetensors").exists():
+            inputs.backbone.model.save_pretrained(folder)
+            inputs.processor.save_pretrained(folder)
+    else:
+        (folder / "figures").mkdir(exist_ok=True)
+        shutil.copyfile(run.folder / "figures" / picture, folder / "figures" / picture)
+    save_head(probe.model, folder, settings.variant)
+    metrics_file = folder / "metrics.json"
+    if metrics_file.exists():
+        metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
+    else:
+        metrics = describe_backbone(inputs)
+    metrics.setdefault("probes", {})[settings.variant] = record
+    if checks:
+        metrics.setdefault("quick_checks", {})[settings.dataset] = checks
+    write_json(metrics_file, metrics)
+    print_table(record, checks)
+    print(f"saved to {folder}: the head of seed {settings.seeds[0]} as variant {settings.variant!r}, and metrics.json")
+
+
+def describe_backbone(inputs: Inputs) -> dict[str, Any]:
+    """What metrics.json says of a backbone that no distillation made."""
+    backbone = inputs.backbone
+    image = torch.zeros(1, backbone.model.config.num_channels, *inputs.image_size)
+    return {
+        "teacher": {"name": backbone.name, "revision": backbone.revision},
+        "num_layers": backbone.model.config.num_hidden_layers,
+        "parameters": {"student": count_parameters(backbone.model)},
+        "macs": {"student": macs(backbone.model, image)},
+    }
+
+
+def quick_checks(run: Run, knn_k: int) -> dict[str, Any]:
+    """k-NN and logistic regression on [cls, mean patch], by scikit-learn."""
+    if not run.banks:
+        raise ValueError("quick_checks need the features in memory: raise cache_gb, and use augment none")
+    train, test = ((bank.features.numpy(), bank.labels.numpy()) for bank in (run.banks["train"], run.banks["test"]))
+    neighbors = KNeighborsClassifier(min(knn_k, len(train[0])), metric="cosine", weights="distance").fit(*train)
+    regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*train)
+    return {
+        "knn_accuracy": neighbors.score(*test),
+        "knn_k": knn_k,
+        "logistic_regression_accuracy": regression.score(*test),
+    }
+
+
+@torch.no_grad()
+def draw_predictions(run: Run, path: Path, num_images: int = 6) -> None:
+    """A few test images, what they show and what the head of the first seed says."""
+    settings, inputs, device = run.settings, run.inputs, run.accelerator.device
+    batch = next(iter(inputs.test_batches))
+    pixel_values, labels = batch["pixel_values"][:num_images], batch["labels"][:num_images]
+    _, predictions = run.unwrapped(
+        run.unwrapped.features(pixel_values.to(device)), inputs.image_size, labels.to(device)
+    )
+    if settings.task != "depth-estimation":
+        predictions = predictions.argmax(dim=1)
+    mean, std = (
+        torch.tensor(values)[:, None, None] for values in (inputs.processor.image_mean, inputs.processor.image_std)
+    )
+    images = (pixel_values * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    figures.plot_predictions(
+        settings.task, images, labels.numpy(), predictions.cpu().numpy(), path, class_names=inputs.class_names
+    )
+
+
+def print_table(record: dict[str, Any], checks: dict[str, Any] | None) -> None:
+    """The metrics over the seeds."""
+    for name, values in record["last"].items():
+        print(f"{name:>16} {statistics.fmean(values):.4f}" + spread(values))
+    best = record["best"][record["metric"]]
+    print(f"{'best epoch':>16} {statistics.fmean(best):.4f}{spread(best)} (chosen on the test images)")
+    for name, value in (checks or {}).items():
+        print(f"{name.replace('_', ' '):>30} {value:.4g}")
+
+
+def spread(values: list[float]) -> str:
+    return f" +- {statistics.stdev(values):.4f} over {len(values)} seeds" if len(values) > 1 else ""
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command resumes from the last checkpoint") from None
