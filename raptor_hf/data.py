@@ -189,11 +189,11 @@ def open_images(
     ReadInstruction.from_spec(split)  # raises for a malformed slice
     split_names = [part.split("[")[0].strip() for part in split.split("+")]
     if dataset == "digits":
-        _refuse(dataset, config_name=config_name, revision=revision)
+        refuse_options(dataset, config_name=config_name, revision=revision)
         source, splits = None, _load_digits()
     else:
-        source = _locate(dataset, split_names, config_name=config_name, revision=revision)
-        splits = _load(dataset, **source, streaming=True)  # lists files and columns, reads no image
+        source = locate_source(dataset, split_names, config_name=config_name, revision=revision)
+        splits = load_source(dataset, **source, streaming=True)  # lists files and columns, reads no image
 
     missing = [name for name in split_names if name not in splits]
     if missing:
@@ -205,13 +205,13 @@ def open_images(
     if features is None:  # of formats that hold no images, such as CSV
         columns = list(next(iter(splits[split_names[0]]), {}))
         raise ValueError(f"{title} has no column of images. Its columns are {columns}")
-    image_column = _find_image_column(features, image_column, title)
+    image_column = find_image_column(features, image_column, title)
     label_column = _find_label_column(features, label_column, title)
 
     if source is None:
-        rows = splits[split].to_iterable_dataset() if streaming else _select(splits, split)
+        rows = splits[split].to_iterable_dataset() if streaming else select_split(splits, split)
     else:
-        rows = splits[split] if streaming else _load(dataset, **source, split=split)
+        rows = splits[split] if streaming else load_source(dataset, **source, split=split)
     if not streaming and rows.num_rows == 0:
         raise ValueError(f"{title} holds no images")
     rows = rows.select_columns([column for column in (image_column, label_column) if column])
@@ -346,11 +346,11 @@ def augment(
     return found.to(pixel_values.dtype)
 
 
-def _locate(dataset: str, split_names: list[str], **hub_options: str | None) -> dict[str, Any]:
+def locate_source(dataset: str, split_names: list[str], **hub_options: str | None) -> dict[str, Any]:
     """Turns the word for a data set into the arguments of `load_dataset`."""
     path = os.path.expanduser(dataset)
     if path.endswith(".parquet") or any(character in path for character in "{*?["):
-        _refuse(dataset, **hub_options)
+        refuse_options(dataset, **hub_options)
         patterns = {name: path.replace("{split}", name) for name in split_names if "{split}" in path} or {"train": path}
         files = {name: sorted(glob.glob(pattern, recursive=True)) for name, pattern in patterns.items()}
         for name, pattern in patterns.items():
@@ -362,7 +362,7 @@ def _locate(dataset: str, split_names: list[str], **hub_options: str | None) -> 
                 raise ValueError(f"dataset={dataset!r} matches {foreign[0]!r}, which is not parquet; give a folder")
         return {"path": "parquet", "data_files": files}
     if os.path.isdir(path):
-        _refuse(dataset, revision=hub_options["revision"])
+        refuse_options(dataset, revision=hub_options["revision"])
         return {"path": os.path.abspath(path), "name": hub_options["config_name"]}
     if os.path.exists(path):
         raise ValueError(f"dataset={dataset!r} must be a folder, parquet files or the name of a data set on the Hub")
@@ -371,13 +371,15 @@ def _locate(dataset: str, split_names: list[str], **hub_options: str | None) -> 
     return {"path": dataset, "name": hub_options["config_name"], "revision": hub_options["revision"]}
 
 
-def _refuse(dataset: str, **options: str | None) -> None:
+def refuse_options(dataset: str, **options: str | None) -> None:
+    """Raises a ValueError for options, other than None, that only a data set on the Hub has."""
     for option, value in options.items():
         if value is not None:
             raise ValueError(f"{option}={value!r} means nothing for the local dataset={dataset!r}; leave it out")
 
 
-def _load(dataset: str, **arguments: Any) -> Any:
+def load_source(dataset: str, **arguments: Any) -> Any:
+    """Calls `load_dataset`; its errors name the word for the data set, as FileNotFoundError or ValueError."""
     try:
         return load_dataset(**arguments)
     except (FileNotFoundError, ConnectionError) as error:
@@ -406,19 +408,21 @@ def _load_digits() -> dict[str, Dataset]:
     }
 
 
-def _select(splits: Mapping[str, Dataset], split: str) -> Dataset:
+def select_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
     """Applies the slicing syntax of `datasets` to splits in memory."""
     parts = ReadInstruction.from_spec(split).to_absolute({name: rows.num_rows for name, rows in splits.items()})
     return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
-def _find_image_column(features: Features, wanted: str | None, title: str) -> str:
+def find_image_column(features: Features, wanted: str | None, title: str) -> str:
+    """The wanted column of images if it is one, or the only one there is; otherwise a ValueError."""
+
     def holds_bytes(feature: Any) -> bool:
         dtype = feature.dtype if isinstance(feature, Value) else None
         return dtype in ("binary", "large_binary") or (isinstance(feature, dict) and "bytes" in feature)
 
     if wanted is not None:
-        _check_column("image_column", wanted, features, title)
+        check_column("image_column", wanted, features, title)
         feature = features[wanted]
         is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
         if not (isinstance(feature, Image) or holds_bytes(feature) or is_path):
@@ -439,7 +443,7 @@ def _find_label_column(features: Features, wanted: str | None, title: str) -> st
         if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")))
     ]
     if wanted is not None:
-        _check_column("label_column", wanted, features, title)
+        check_column("label_column", wanted, features, title)
         if wanted not in integers:
             raise ValueError(f"label_column={wanted!r} of {title} holds no class labels but {features[wanted]}")
         return wanted
@@ -453,6 +457,7 @@ def _find_label_column(features: Features, wanted: str | None, title: str) -> st
     return found[0]
 
 
-def _check_column(argument: str, column: str, features: Features, title: str) -> None:
+def check_column(argument: str, column: str, features: Features, title: str) -> None:
+    """Raises a ValueError for a column that is not there, saying which are."""
     if column not in features:
         raise ValueError(f"{argument}={column!r} is no column of {title}; its columns are {list(features)}")

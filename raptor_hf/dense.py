@@ -20,7 +20,16 @@ import numpy as np
 import PIL.Image
 from datasets import Dataset, Features, Image, IterableDataset, ReadInstruction, Value
 
-from .data import ImageDecodeError, ImageSet, _check_column, _find_image_column, _load, _locate, _refuse, _select
+from .data import (
+    ImageDecodeError,
+    ImageSet,
+    check_column,
+    find_image_column,
+    load_source,
+    locate_source,
+    refuse_options,
+    select_split,
+)
 from .image_processing_raptor import IGNORE_INDEX
 from .standin import CLASS_NAMES, SPLIT_SIZES, load_scenes
 
@@ -264,20 +273,20 @@ def open_dense(
     columns = {"image_column": image_column, "target_column": target_column}
     is_mask, class_names = task == "semantic-segmentation", None
     if dataset == "scenes":
-        _refuse(dataset, revision=revision, **columns)
+        refuse_options(dataset, revision=revision, **columns)
         _check_splits(dataset, split, SPLIT_SIZES)
         rows = _take(lambda name: load_scenes(task, name, config_name), split, streaming)
         image_column, target_column = rows.column_names
         class_names = CLASS_NAMES
     elif is_mask and (folder / "annotations").is_dir() and (folder / "images").is_dir():
-        _refuse(dataset, config_name=config_name, revision=revision, **columns)
+        refuse_options(dataset, config_name=config_name, revision=revision, **columns)
         _check_splits(dataset, split, _subfolders(folder / "images"))
         rows = _take(lambda name: _paths(_ade_pairs(folder, name)), split, streaming)
         image_column, target_column = rows.column_names
         class_names = _ade_class_names(folder)
         ignore_label = 0 if ignore_label is None else ignore_label
     elif not is_mask and (nyu_splits := _nyu_splits(folder)):
-        _refuse(dataset, config_name=config_name, revision=revision, **columns)
+        refuse_options(dataset, config_name=config_name, revision=revision, **columns)
         _check_splits(dataset, split, nyu_splits)
         rows = _take(lambda name: _paths(_nyu_pairs(folder, name)), split, streaming)
         image_column, target_column = rows.column_names
@@ -325,7 +334,7 @@ def _take(load: Callable[[str], Dataset], split: str, streaming: bool) -> Datase
     if streaming and names != {split}:
         raise ValueError(f"split={split!r}: streaming=True reads one whole split, such as {sorted(names)[0]!r}")
     splits = {name: load(name) for name in names}
-    return splits[split].to_iterable_dataset() if streaming else _select(splits, split)
+    return splits[split].to_iterable_dataset() if streaming else select_split(splits, split)
 
 
 def _paths(pairs: list[tuple[Path, Path]]) -> Dataset:
@@ -411,16 +420,16 @@ def _open_columns(
 ) -> tuple[Dataset | IterableDataset, str, str]:
     """Rows of a data set with two columns of images, and the names of these."""
     split_names = [part.split("[")[0].strip() for part in split.split("+")]
-    source = _locate(dataset, split_names, config_name=config_name, revision=revision)
-    splits = _load(dataset, **source, streaming=True)  # lists files and columns, reads no image
+    source = locate_source(dataset, split_names, config_name=config_name, revision=revision)
+    splits = load_source(dataset, **source, streaming=True)  # lists files and columns, reads no image
     _check_splits(dataset, split, splits)
     if streaming and split not in splits:
         raise ValueError(f"split={split!r}: streaming=True reads one whole split, one of {sorted(splits)}")
     features, title = splits[split_names[0]].features or Features(), f"{dataset} {split}"
     target_column = _find_target_column(features, target_column, task, title)
     others = Features({name: feature for name, feature in features.items() if name != target_column})
-    image_column = _find_image_column(others, image_column, title)
-    rows = splits[split] if streaming else _load(dataset, **source, split=split)
+    image_column = find_image_column(others, image_column, title)
+    rows = splits[split] if streaming else load_source(dataset, **source, split=split)
     return rows.select_columns([image_column, target_column]), image_column, target_column
 
 
@@ -436,7 +445,7 @@ def _find_target_column(features: Features, wanted: str | None, task: str, title
                 f"target_column. Its columns are {list(features)}"
             )
         return found[0]
-    _check_column("target_column", wanted, features, title)
+    check_column("target_column", wanted, features, title)
     if is_number(features[wanted]):
         raise ValueError(f"target_column={wanted!r} of {title} holds no images but {features[wanted]}")
     return wanted

@@ -162,9 +162,9 @@ def _side(task: str, config_name: str | None) -> int:
         return 64
     kind = {"semantic-segmentation": "segmentation", "depth-estimation": "depth"}[task]
     match = re.fullmatch(rf"{kind}-(\d+)", config_name)
-    if match is None or not 8 <= (side := int(match[1])) <= 256:
+    if match is None or not 16 <= (side := int(match[1])) <= 256:
         raise ValueError(
-            f"config_name={config_name!r} of 'scenes' must be '{kind}-SIDE' for {task}, with a side of 8 to 256 "
+            f"config_name={config_name!r} of 'scenes' must be '{kind}-SIDE' for {task}, with a side of 16 to 256 "
             f"pixels, such as '{kind}-64'"
         )
     return side

@@ -109,7 +109,7 @@ def test_the_floor_is_one_plane_below_the_camera_up_to_the_wall(source):
 def test_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match="split='validation'.*test.*train"):
         open_dense(DEPTH, "scenes", "validation")
-    for config in ("segmentation-64", "depth", "depth-7", "depth-1000"):
+    for config in ("segmentation-64", "depth", "depth-8", "depth-1000"):
         with pytest.raises(ValueError, match=f"config_name='{config}'.*depth-64"):
             load_scenes(DEPTH, "test", config)
     with pytest.raises(ValueError, match="revision='main' means nothing"):
