@@ -140,24 +140,40 @@ def _check_head(
         raise ValueError(
             f"variant is {variant!r}, the name for the head that {folder} has; choose another own_variant."
         )
-    return _merged_config(folder, model, fields, variant), head, backbone, own_head, stored
+    rivals = {own_variant: own_head} if own_head else {}
+    return _merged_config(folder, model, fields, variant, rivals), head, backbone, own_head, stored
 
 
-def _merged_config(folder: Path, model: RaptorPreTrainedModel, fields: tuple[str, ...], variant: str) -> dict[str, Any]:
-    """The folder's configuration with the fields of the new head."""
+def _merged_config(
+    folder: Path,
+    model: RaptorPreTrainedModel,
+    fields: tuple[str, ...],
+    variant: str,
+    own_heads: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Any]:
+    """The folder's configuration with the fields of the new head; `own_heads` are in no file of their own yet."""
     path = folder / "config.json"
     config, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(model.config.to_json_string(use_diff=False))
     head, _ = _split(model.state_dict(), model.base_model_prefix)
-    shapes = {name: list(tensor.shape) for name, tensor in head.items()}
+    rivals = {name: {key: list(tensor.shape) for key, tensor in tensors.items()} for name, tensors in own_heads.items()}
     for rival in list_heads(folder):
         with safe_open(folder / f"head-{rival}.safetensors", "pt") as file:
-            same_task = {name: file.get_slice(name).get_shape()[1:] for name in file.keys()} == {
-                name: shape[1:] for name, shape in shapes.items()
-            }
-        if rival != variant and same_task and any(config.get(field) != ours.get(field) for field in fields):
+            rivals[rival] = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    for rival, shapes in rivals.items():
+        # the number of classes may differ, the width not
+        same_task = {name: shape[1:] for name, shape in shapes.items()} == {
+            name: list(tensor.shape)[1:] for name, tensor in head.items()
+        }
+        if "id2label" in fields and shapes == {name: list(tensor.shape) for name, tensor in head.items()}:
+            names = config.get("id2label", {}).items()
+            if all(name == f"LABEL_{label}" for label, name in names):
+                continue  # as many classes, without names: they take those of the new head
+        # label2id follows from id2label, and is wrong in many a configuration
+        differing = [field for field in fields if field != "label2id" and config.get(field) != ours.get(field)]
+        if rival != variant and same_task and differing:
             raise ValueError(
-                f"variant {variant!r} has other {' or '.join(fields)} than {rival!r} in {folder}: one folder describes "
-                "one head per task. Use a copy of the folder."
+                f"variant {variant!r} has other {' and '.join(differing)} than {rival!r} in {folder}: one folder "
+                "describes one head per task. Use a copy of the folder."
             )
     return config | {field: ours.get(field) for field in fields}
 
@@ -306,14 +322,15 @@ def check_weights(folder: str | Path) -> dict[str | None, type[RaptorPreTrainedM
     return classes
 
 
-def collect_files(folder: str | Path, private: PrivateData) -> dict[str, bytes | Path]:
+def collect_files(folder: str | Path, private: PrivateData, *, has_code: bool = True) -> dict[str, bytes | Path]:
     """Gathers what is published of a folder, except for the card: weights, configurations, code, numbers and figures.
 
     The code is that of this package, and the configuration names all of its classes, whatever the folder says.
 
     Args:
-        folder: as `check_weights` takes it.
+        folder: as `check_weights` takes it; without code, the folder of a teacher too.
         private: is taken out of configurations and numbers.
+        has_code: whether the code goes with the weights; if not, the configuration names no file of code.
 
     Returns:
         Path in the repository -> its bytes, or the file that holds them.
@@ -326,7 +343,7 @@ def collect_files(folder: str | Path, private: PrivateData) -> dict[str, bytes |
     for name in ("metrics.json", RESOLVED_FILE, "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}: it is not the folder of a run that has finished")
-    files: dict[str, bytes | Path] = dict(_code_paths())
+    files: dict[str, bytes | Path] = dict(_code_paths()) if has_code else {}
     for variant in (None, *list_heads(folder)):
         files |= {name: folder / name for name in _tensor_files(folder, variant).values()}
     for path in (*folder.iterdir(), *folder.glob("figures/*")):
@@ -340,8 +357,11 @@ def collect_files(folder: str | Path, private: PrivateData) -> dict[str, bytes |
     files[RESOLVED_FILE] = yaml.safe_dump(private.remove(resolved), sort_keys=False, allow_unicode=True).encode()
     # in these only keys: names of classes may look like paths
     for name, auto_classes in {"config.json": AUTO_MAP, "preprocessor_config.json": ["AutoImageProcessor"]}.items():
-        config = {key: value for key, value in _load_json(folder / name).items() if key not in _PRIVATE_KEYS}
-        files[name] = _dump_json(config | {"auto_map": {key: AUTO_MAP[key] for key in auto_classes}})
+        dropped = {*_PRIVATE_KEYS, "auto_map"}
+        config = {key: value for key, value in _load_json(folder / name).items() if key not in dropped}
+        if has_code:
+            config["auto_map"] = {key: AUTO_MAP[key] for key in auto_classes}
+        files[name] = _dump_json(config)
     check_private(files, private)
     return {name: files[name] for name in sorted(files)}
 

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .data import ImageDecodeError, ImageSet
-from .dense import DenseSet
+from .dense import DenseSet, TargetError
 
 logger = logging.getLogger(__name__)
 
@@ -330,6 +330,8 @@ class _Reader:
         for row, index in rows:
             try:
                 items.append(self.images.read_row(row, index))
+            except TargetError:
+                raise  # a truth that cannot be right must not be left out of a result
             except ImageDecodeError as error:
                 failures[error.name] = error.reason
         return self._collated(items, failures)

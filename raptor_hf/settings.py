@@ -31,7 +31,7 @@ RESOLVED_FILE, CHECKPOINT_FOLDER = "resolved.yaml", "checkpoints"
 # settings that do not change what a run computes
 RUN_ONLY = (
     *("output_dir", "override", "num_workers", "tracker", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("max_nonfinite_steps", "max_decode_failures"),
+    *("max_nonfinite_steps", "max_decode_failures", "cache_gb"),
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_raptors import tiny_model
 from transformers import AutoModel, AutoModelForImageClassification
 
 from raptor_hf import (
@@ -214,3 +215,19 @@ def test_what_is_private_is_found_without_being_repeated():
     assert PrivateData("/root", ("root", "raptor"), None).find("root: a raptor") is None
     assert PrivateData("/x", ("gpu9", "org"), None, ("org/gpu9",)).find("org/gpu9") is None
     assert private.find("ann", has_words=False) is None and private.find("/srv/h/ann", has_words=False)
+
+
+def test_classes_without_names_take_those_of_the_new_head(tmp_path):
+    tiny_model(RaptorForImageClassification).save_pretrained(tmp_path)  # LABEL_0 .. LABEL_3
+    named = tiny_model(RaptorForImageClassification, seed=1, id2label=dict(enumerate("abcd")))
+    save_head(named, tmp_path, "letters")
+    assert RaptorConfig.from_pretrained(tmp_path).id2label == dict(enumerate("abcd"))
+
+
+def test_other_classes_than_those_of_the_folders_own_head_are_refused(tmp_path):
+    tiny_model(RaptorForImageClassification).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    other = tiny_model(RaptorForImageClassification, num_labels=2, id2label={0: "cat", 1: "dog"})
+    with pytest.raises(ValueError, match="'pets' has other id2label than 'teacher'"):
+        save_head(other, tmp_path, "pets")
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

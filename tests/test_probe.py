@@ -12,7 +12,13 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from tiny_models import tiny_dinov2
-from transformers import AutoModel, AutoModelForImageClassification, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForDepthEstimation,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    pipeline,
+)
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf import data
@@ -49,6 +55,7 @@ SHORT = {
 def teacher(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("probes") / "teacher"
     options = {"num_labels": 10, "hidden_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+    options |= {"id2label": {digit: str(digit) for digit in range(10)}}
     tiny_dinov2(**options).save_pretrained(folder)
     half, size = [0.5, 0.5, 0.5], {"height": 8, "width": 8}
     BitImageProcessorPil(size={"shortest_edge": 8}, crop_size=size, image_mean=half, image_std=half).save_pretrained(
@@ -215,6 +222,46 @@ def test_augmented_images_are_seen_anew(run, teacher):
     assert json.loads((flipped / "metrics.json").read_text())["probes"]["digits"]["augment"] == "crop_flip"
 
 
+SCENES = {"dataset": "scenes", "train_split": "train[:24]", "test_split": "test[:12]", "batch_size": 8}
+DENSE = {
+    "semantic-segmentation": {"dataset_config": "segmentation-16", "image_size": 16, "variant": "masks"},
+    "depth-estimation": {"dataset_config": "depth-16", "variant": "depth"},
+}
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_dense_heads_join_the_student_and_run_in_a_pipeline(run, student, task):
+    changes = SCENES | DENSE[task] | {"task": task, "learning_rate": 1e-2}
+    run(student, pictures=True, **changes)
+    record = json.loads((student / "metrics.json").read_text())["probes"][changes["variant"]]
+    metric = PROTOCOLS[task].metric
+    assert record["metric"] == metric and len(record["last"][metric]) == 1 and record["num_images"] == 12
+    assert (student / "figures" / f"probe-{changes['variant']}.png").read_bytes()[:4] == b"\x89PNG"
+    auto_class = AutoModelForDepthEstimation if task == "depth-estimation" else AutoModelForSemanticSegmentation
+    model = auto_class.from_pretrained(student, variant=changes["variant"])
+    name = "depth-estimation" if task == "depth-estimation" else "image-segmentation"
+    predict = pipeline(name, model=model, image_processor=load_image_processor(str(student)))
+    result = predict(PIL.Image.new("RGB", (16, 16)))
+    size = result["depth"].size if task == "depth-estimation" else result[0]["mask"].size
+    assert size == (16, 16)
+
+
+@pytest.mark.parametrize("task", DENSE)
+def test_stored_dense_features_and_those_made_anew_train_the_same_head(run, teacher, task):
+    changes = SCENES | DENSE[task] | {"task": task}
+    cached, online = run(teacher, "cached", **changes), run(teacher, "online", **changes, cache_gb=0)
+    for name, tensor in head(cached, changes["variant"]).items():
+        torch.testing.assert_close(head(online, changes["variant"])[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_an_overridden_run_leaves_nothing_of_the_one_before(run, teacher):
+    folder = run(teacher)
+    run(teacher, num_layers=2, variant="short", override=True)
+    assert list_heads(folder) == ["short"]
+    assert AutoModel.from_pretrained(folder).config.num_hidden_layers == 2
+    assert json.loads((folder / "metrics.json").read_text())["probes"].keys() == {"short"}
+
+
 def test_a_loss_that_is_not_finite_never_reaches_the_head(run, teacher, monkeypatch):
     forward = Probe.forward
 
@@ -239,6 +286,10 @@ def test_a_loss_that_is_not_finite_never_reaches_the_head(run, teacher, monkeypa
         ({"image_size": 7}, "multiple|patch"),
         ({"label_column": "name"}, "name"),
         ({"task": "depth-estimation", "augment": "crop_flip"}, "augment is"),
+        ({"variant": "teacher"}, "variant is 'teacher'"),
+        ({"quick_checks": True, "augment": "crop_flip"}, "quick_checks"),
+        ({"quick_checks": True, "cache_gb": 0}, "cache_gb=0"),
+        ({"eigen_crop": True}, "eigen_crop"),
         ({"task": "image-classificaton"}, "image-classificaton"),
     ],
 )
@@ -259,8 +310,12 @@ def parquet(folder: Path, labels: list[int], names: list[str]) -> str:
     return str(folder / "{split}.parquet")
 
 
-def test_other_classes_than_those_of_a_head_that_is_there_are_refused_before_any_work(run, student, tmp_path, capsys):
-    run(student)
+@pytest.mark.parametrize("probed", [False, True])
+def test_other_classes_than_those_of_a_head_that_is_there_are_refused_before_any_work(
+    run, student, tmp_path, capsys, probed
+):
+    if probed:
+        run(student)
     source = parquet(tmp_path, [0, 1] * 20, ["cat", "dog"])
     with pytest.raises(SystemExit):
         run(student, "cats", dataset=source, train_split="train", test_split="test", variant="cats")

@@ -68,6 +68,25 @@ def test_what_no_run_has_stays_empty(runs):
     assert retained(records[1], records[0], "depth/rmse") == "" and spread(None, 1, 1) == ""
 
 
+@pytest.mark.parametrize(("metrics", "message"), [(None, "metrics.json"), ({"macs": {}}, "not probed")])
+def test_a_run_that_cannot_count_is_named_instead_of_left_out(runs, metrics, message):
+    folder = runs / "student" / "seed-2"
+    folder.mkdir()
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises((FileNotFoundError, ValueError), match=f"seed-2.*{message}"):
+        read_runs("student", str(runs / "student" / "seed-*"))
+
+
+def test_a_head_that_no_run_has_is_refused(runs, monkeypatch, capsys):
+    rows = f"teacher = {runs}/teacher"
+    argv = ["results.py", "--title", "t", "--output_dir", str(runs), "--rows", rows, "--variants", "depht"]
+    monkeypatch.setattr("sys.argv", argv)
+    with pytest.raises(SystemExit, match="2"):
+        results.main()
+    assert "'depht'" in (error := capsys.readouterr().err) and "'depth', 'digits'" in error
+
+
 def test_a_row_without_runs_is_named(runs, monkeypatch, capsys):
     monkeypatch.setattr(
         "sys.argv", ["results.py", "--title", "t", "--output_dir", str(runs), "--rows", f"ghost = {runs}/no*/such"]

@@ -15,10 +15,11 @@ import functools
 import json
 import logging
 import math
+import operator
 import shlex
-import shutil
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +41,10 @@ from raptor_hf.checkpoint import resume_run, save_run
 from raptor_hf.configuration_raptor import as_pair
 from raptor_hf.data import ImageSet, check_image_size, check_labels, load_image_processor, open_images
 from raptor_hf.dense import DenseSet, open_dense
-from raptor_hf.hub import check_head, save_head
+from raptor_hf.hub import check_head, list_heads, save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.loading import EpochOrder, ImageLoader, eval_loader, train_loader
+from raptor_hf.metrics import NYU_SIZE
 from raptor_hf.probing import (
     PROTOCOLS,
     Backbone,
@@ -144,6 +146,14 @@ class ProbeSettings:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {self.seeds}; it must hold numbers from 0 on, each once")
         is_classification = self.task == "image-classification"
+        if self.variant == "teacher":
+            raise ValueError("variant is 'teacher', the name of the classifier that a student has of its teacher")
+        if self.quick_checks and self.augment != "none":
+            raise ValueError("quick_checks need features that are computed once; set augment to none")
+        if self.eigen_crop and self.task != "depth-estimation":
+            raise ValueError(f"eigen_crop goes with depth-estimation, not with {self.task}")
+        if self.image_size is not None and self.task == "depth-estimation":
+            raise ValueError("image_size is for the other tasks; depth is estimated at the size of the images")
         for name in ("init_head", "quick_checks"):
             if getattr(self, name) and not is_classification:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it goes with image-classification only")
@@ -234,7 +244,14 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     once = functools.partial(eval_loader, batch_size=settings.eval_batch_size, collate=collate, **share)
     test_batches = once(test_images, processor)
-    image_size = probe_image_size(once(test_images, processor, limit=1, num_workers=0), backbone)
+    # the first image, for all processes
+    first = functools.partial(once, batch_size=1, num_workers=0, process_index=0, num_processes=1)
+    image_size = probe_image_size(first(test_images, processor), backbone)
+    if (train_size := probe_image_size(first(train_images, processor), backbone)) != image_size:
+        raise ValueError(f"training images are {train_size} after processing, test images {image_size}")
+    padded = tuple(side + -side % patch for side, patch in zip(NYU_SIZE, patches_of(backbone), strict=True))
+    if settings.eigen_crop and image_size != padded:
+        raise ValueError(f"eigen_crop is for images of 480 x 640 pixels; these are {image_size}, padding included")
     probe = make_probe(
         backbone,
         settings.task,
@@ -250,6 +267,8 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
             f"warmup_steps is {settings.warmup_steps}; it must be below the {num_steps} steps that {settings.epochs} "
             f"epochs of {train_images.num_images} images make"
         )
+    if settings.quick_checks and not fits_cache(settings, accelerator, probe, train_images.num_images, image_size):
+        raise ValueError(f"quick_checks need the features in memory, which cache_gb={settings.cache_gb} forbids")
     if backbone.folder is not None:
         check_head(probe.model, backbone.folder, settings.variant)
     return Inputs(
@@ -327,6 +346,9 @@ def classes_of(
     """Names of the classes, checked against the labels; None for depth."""
     if settings.task == "depth-estimation":
         return None
+    if None not in (train_images.class_names, test_images.class_names):
+        if train_images.class_names != test_images.class_names:
+            raise ValueError(f"the classes of {train_images.title} and {test_images.title} differ, or their order does")
     if settings.task == "semantic-segmentation":
         return train_images.class_names
     labels = [label for images in (train_images, test_images) for label in images.dataset.unique(images.label_column)]
@@ -342,25 +364,41 @@ def image_pipeline(
     settings: ProbeSettings, processor: RaptorImageProcessor, backbone: Backbone
 ) -> tuple[Callable | None, Callable | None, RaptorImageProcessor]:
     """How images and truth become batches: collate, augmentation, and the processor of augmented images."""
-    side, patch = settings.image_size, as_pair(backbone.model.config.patch_size)[0]
+    side, patch = settings.image_size, patches_of(backbone)[0]
     if settings.task == "semantic-segmentation":
         return SegmentationCollate(processor, side), None, processor
     if settings.task == "depth-estimation":
         return DepthCollate(processor, patch), None, processor
     if side is not None:
         processor.size, processor.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
-    height, _ = check_image_size(processor, patch)
+    size = check_image_size(processor, patch)
     if settings.augment == "none":
         return None, None, processor
     cropped = copy.deepcopy(processor)
     cropped.do_resize = cropped.do_center_crop = False
-    return None, CropFlip(height), cropped
+    return None, CropFlip(size), cropped
+
+
+def patches_of(backbone: Backbone) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    return as_pair(backbone.model.config.patch_size)
+
+
+def fits_cache(
+    settings: ProbeSettings, accelerator: Accelerator, probe: Probe, num_images: int, image_size: tuple[int, int]
+) -> bool:
+    """Whether the features of so many images may be kept: every process holds all, twice while they are gathered."""
+    copies = 1 if accelerator.num_processes == 1 else 2 * accelerator.num_processes
+    return copies * bank_bytes(probe, settings.task, num_images, image_size) <= settings.cache_gb * 1e9
 
 
 def probe_image_size(batches: ImageLoader, backbone: Backbone) -> tuple[int, int]:
     """Height and width of the processed images, which must divide into patches."""
-    size = tuple(next(iter(batches))["pixel_values"].shape[-2:])
-    for side, patch in zip(size, as_pair(backbone.model.config.patch_size), strict=True):
+    batch = next(iter(batches), None)
+    if batch is None:
+        raise ValueError("none of the images can be read")
+    size = tuple(batch["pixel_values"].shape[-2:])
+    for side, patch in zip(size, patches_of(backbone), strict=True):
         if side % patch:
             raise ValueError(
                 f"images of {size[0]} x {size[1]} pixels do not divide into patches of {patch}; "
@@ -396,6 +434,7 @@ class Run:
         self.failures: dict[str, str] = {}
         self.pending_log: dict[str, Any] | None = None
         self.banks: dict[str, FeatureBank] = {}
+        self.feature_seconds = 0.0
         self.num_steps = inputs.num_steps
 
     @property
@@ -416,18 +455,23 @@ class Run:
 
     def cache_features(self) -> None:
         """Features of all images, where none changes from epoch to epoch and there is memory for them."""
-        settings, inputs = self.settings, self.inputs
-        num_images = inputs.num_train_images + inputs.num_test_images
-        size = bank_bytes(inputs.probe, settings.task, num_images, inputs.image_size)
-        if settings.augment != "none" or size > settings.cache_gb * 1e9:
-            return
-        for name, loader in (("train", inputs.plain_batches), ("test", inputs.test_batches)):
+        settings, inputs, began = self.settings, self.inputs, time.perf_counter()
+        num_cached = 0
+        for name, loader, num_images in (
+            ("test", inputs.test_batches, inputs.num_test_images),
+            ("train", inputs.plain_batches, inputs.num_train_images),
+        ):
+            num_cached += num_images
+            fits = fits_cache(settings, self.accelerator, inputs.probe, num_cached, inputs.image_size)
+            if not fits or (name == "train" and settings.augment != "none"):
+                break
             batches = tqdm(loader, f"features, {name}", disable=not self.accelerator.is_main_process, leave=False)
             with self.accelerator.autocast():
                 own = pool_features(self.unwrapped, batches, self.accelerator.device)
             shares = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
             self.banks[name] = FeatureBank.joined(shares)
             self.failures |= self.banks[name].failures
+        self.feature_seconds = time.perf_counter() - began
 
     def train_seed(self, seed: int) -> None:
         """One head, from where it is."""
@@ -471,8 +515,10 @@ class Run:
             )
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(self.unwrapped.head.parameters(), settings.max_grad_norm)
-            is_finite = bool(accelerator.reduce((loss.isfinite() & norm.isfinite()).float(), reduction="mean") == 1)
-            if guard.check(step + 1, is_finite, batch["names"]):
+            # fp16's scale is found by overflowing gradients, whose steps the scaler skips itself: only losses count
+            finite = loss.isfinite() if accelerator.scaler is not None else loss.isfinite() & norm.isfinite()
+            is_finite = bool(accelerator.reduce(finite.float(), reduction="mean") == 1)
+            if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.step = step + 1
@@ -543,7 +589,9 @@ class Run:
         )
         for batch in batches:
             with self.accelerator.autocast():
-                yield self.unwrapped.features(batch["pixel_values"].to(self.accelerator.device)), batch["labels"]
+                features = self.unwrapped.features(batch["pixel_values"].to(self.accelerator.device))
+            yield features, batch["labels"]
+        self.failures |= self.inputs.test_batches.failures.reasons
 
     def save(self, log: IntervalLog) -> None:
         """Writes a checkpoint; a collective operation."""
@@ -553,7 +601,7 @@ class Run:
             "log": log.state_dict(),
             "histories": self.histories,
             "evaluations": self.evaluations,
-            "failures": self.failures,
+            "failures": self.gather_failures(),
         }
         save_run(
             self.folder / "checkpoints",
@@ -575,6 +623,12 @@ class Run:
         self.histories, self.evaluations = progress["histories"], progress["evaluations"]
         self.failures = progress["failures"]
         logger.info("resumed in seed %d after step %d", self.settings.seeds[self.seed_index], self.step)
+
+    def gather_failures(self) -> dict[str, str]:
+        """Name and reason of the unreadable images of all processes; a collective operation."""
+        if self.accelerator.num_processes == 1:
+            return self.failures
+        return functools.reduce(operator.or_, gather_object([self.failures]))
 
     def keep_head(self, seed: int) -> None:
         """The head of a seed that is done, so that a run that stops later still has it."""
@@ -613,6 +667,7 @@ def describe_probe(run: Run) -> dict[str, Any]:
         "init": settings.init_head or "random",
         "image_size": list(run.inputs.image_size),
         "head_parameters": sum(parameter.numel() for parameter in run.unwrapped.head.parameters()),
+        "feature_seconds": run.feature_seconds,  # of features that are computed once
         "seconds": sum(history[-1]["seconds"] for history in run.histories),
         "unreadable_images": run.failures,
         "command": shlex.join(["training/probe.py", *sys.argv[1:]]),
@@ -621,44 +676,54 @@ def describe_probe(run: Run) -> dict[str, Any]:
 
 
 def save_outputs(run: Run) -> None:
-    """The head of the first seed and the numbers, in the model's folder; figures there and in the run's."""
+    """The head of the first seed and the numbers in the model's folder; then what could still fail."""
     settings, inputs, probe = run.settings, run.inputs, run.unwrapped
     probe.head.load_state_dict(load_file(run.head_file(settings.seeds[0])))
+    probe.to("cpu")
     record = describe_probe(run)
-    checks = quick_checks(run, settings.knn_k) if settings.quick_checks else None
-    picture = f"probe-{settings.variant}.png"
-    (run.folder / "figures").mkdir(exist_ok=True)
-    draw_predictions(run, run.folder / "figures" / picture)
     write_json(run.folder / "losses.json", dict(zip(map(str, settings.seeds), run.histories, strict=True)))
-    write_json(run.folder / "probe.json", record | {"evaluations": run.evaluations, "quick_checks": checks})
-
-    folder = inputs.backbone.folder or run.folder
-    probe.model.to("cpu")
-    if inputs.backbone.folder is None:
-        if not (folder / "model.safetensors").exists():
-            inputs.backbone.model.save_pretrained(folder)
-            inputs.processor.save_pretrained(folder)
-    else:
-        (folder / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(run.folder / "figures" / picture, folder / "figures" / picture)
+    write_json(run.folder / "probe.json", record | {"evaluations": run.evaluations})
+    folder = inputs.backbone.folder or save_backbone(run)
+    own_head = "teacher" not in list_heads(folder)
     save_head(probe.model, folder, settings.variant)
+    if own_head and "teacher" in list_heads(folder):
+        print(f"the classifier that {folder} had of its own is now its variant 'teacher'")
     metrics_file = folder / "metrics.json"
-    if metrics_file.exists():
-        metrics = json.loads(metrics_file.read_text(encoding="utf-8"))
-    else:
-        metrics = describe_backbone(inputs)
+    known = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.exists() else {}
+    metrics = known or describe_backbone(inputs)
     metrics.setdefault("probes", {})[settings.variant] = record
-    if checks:
-        metrics.setdefault("quick_checks", {})[settings.dataset] = checks
     write_json(metrics_file, metrics)
+    checks = quick_checks(run, settings.knn_k) if settings.quick_checks else None
+    if checks:
+        metrics.setdefault("quick_checks", {})[settings.variant] = checks
+        write_json(metrics_file, metrics)
     print_table(record, checks)
     print(f"saved to {folder}: the head of seed {settings.seeds[0]} as variant {settings.variant!r}, and metrics.json")
+    for place in {run.folder, folder}:
+        (place / "figures").mkdir(exist_ok=True)
+        draw_predictions(run, place / "figures" / f"probe-{settings.variant}.png")
+
+
+def save_backbone(run: Run) -> Path:
+    """A teacher as a Raptor, anew: what an overridden run left in the folder must not be taken for it."""
+    for path in (*run.folder.glob("head-*.safetensors"), *run.folder.glob("model.safetensors.index.*.json")):
+        path.unlink()
+    (run.folder / "metrics.json").unlink(missing_ok=True)
+    run.inputs.backbone.model.save_pretrained(run.folder)
+    processor = copy.deepcopy(run.inputs.processor)
+    if run.settings.task == "semantic-segmentation":  # as the head was trained
+        height, width = run.inputs.image_size
+        processor.size, processor.do_center_crop = {"height": height, "width": width}, False
+    elif run.settings.task == "depth-estimation":
+        processor.do_resize = processor.do_center_crop = False
+    processor.save_pretrained(run.folder)
+    return run.folder
 
 
 def describe_backbone(inputs: Inputs) -> dict[str, Any]:
-    """What metrics.json says of a backbone that no distillation made."""
+    """What metrics.json says of a backbone that no distillation made; its cost is that of the size it is for."""
     backbone = inputs.backbone
-    image = torch.zeros(1, backbone.model.config.num_channels, *inputs.image_size)
+    image = torch.zeros(1, backbone.model.config.num_channels, *as_pair(backbone.model.config.image_size))
     return {
         "teacher": {"name": backbone.name, "revision": backbone.revision},
         "num_layers": backbone.model.config.num_hidden_layers,
@@ -669,8 +734,6 @@ def describe_backbone(inputs: Inputs) -> dict[str, Any]:
 
 def quick_checks(run: Run, knn_k: int) -> dict[str, Any]:
     """k-NN and logistic regression on [cls, mean patch], by scikit-learn."""
-    if not run.banks:
-        raise ValueError("quick_checks need the features in memory: raise cache_gb, and use augment none")
     train, test = ((bank.features.numpy(), bank.labels.numpy()) for bank in (run.banks["train"], run.banks["test"]))
     neighbors = KNeighborsClassifier(min(knn_k, len(train[0])), metric="cosine", weights="distance").fit(*train)
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*train)
@@ -684,12 +747,10 @@ def quick_checks(run: Run, knn_k: int) -> dict[str, Any]:
 @torch.no_grad()
 def draw_predictions(run: Run, path: Path, num_images: int = 6) -> None:
     """A few test images, what they show and what the head of the first seed says."""
-    settings, inputs, device = run.settings, run.inputs, run.accelerator.device
+    settings, inputs = run.settings, run.inputs
     batch = next(iter(inputs.test_batches))
     pixel_values, labels = batch["pixel_values"][:num_images], batch["labels"][:num_images]
-    _, predictions = run.unwrapped(
-        run.unwrapped.features(pixel_values.to(device)), inputs.image_size, labels.to(device)
-    )
+    _, predictions = run.unwrapped(run.unwrapped.features(pixel_values), inputs.image_size, labels)
     if settings.task != "depth-estimation":
         predictions = predictions.argmax(dim=1)
     mean, std = (
@@ -697,7 +758,7 @@ def draw_predictions(run: Run, path: Path, num_images: int = 6) -> None:
     )
     images = (pixel_values * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     figures.plot_predictions(
-        settings.task, images, labels.numpy(), predictions.cpu().numpy(), path, class_names=inputs.class_names
+        settings.task, images, labels.numpy(), predictions.numpy(), path, class_names=inputs.class_names
     )
 
 

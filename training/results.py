@@ -62,6 +62,9 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
         rows = {name: read_runs(name, pattern) for name, pattern in split_rows(settings.rows)}
+        heads = {variant for runs in rows.values() for run in runs for variant in run["probes"]}
+        if unknown := set(settings.variants or ()) - heads:
+            raise ValueError(f"variants has {sorted(unknown)}; the heads of these runs are {sorted(heads)}")
         output_dir = Path(settings.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "training/results.py", *sys.argv[1:]])
@@ -85,15 +88,19 @@ def read_runs(name: str, pattern: str) -> list[dict[str, Any]]:
     """The metrics of all folders that a pattern finds, with the size of their files.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or one of them belongs to a run that has not finished.
+        ValueError: one of them has no probes.
     """
     runs = []
     for folder in sorted(map(Path, glob(pattern))):
-        if (folder / "metrics.json").is_file():
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            runs.append(metrics | {"bytes": (folder / "model.safetensors").stat().st_size, "folder": folder.as_posix()})
+        if not (folder / "metrics.json").is_file():
+            raise FileNotFoundError(f"row {name!r}: {folder} holds no metrics.json; finish that run, or leave it out")
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if not metrics.get("probes") or "student" not in metrics.get("macs", {}):
+            raise ValueError(f"row {name!r}: {folder} was not probed; run training/probe.py on it first")
+        runs.append(metrics | {"bytes": (folder / "model.safetensors").stat().st_size, "folder": folder.as_posix()})
     if not runs:
-        raise FileNotFoundError(f"row {name!r}: no folder with a metrics.json is found by {pattern!r}")
+        raise FileNotFoundError(f"row {name!r}: no folder is found by {pattern!r}")
     return runs
 
 
@@ -105,10 +112,10 @@ def summary(name: str, runs: Sequence[dict[str, Any]], variants: Sequence[str] |
             if variants is None or variant in variants:
                 for metric, numbers in probe["last"].items():
                     values.setdefault(f"{variant}/{metric}", []).extend(numbers)
-        for dataset, checks in run.get("quick_checks", {}).items():
+        for variant, checks in run.get("quick_checks", {}).items():
             for metric, number in checks.items():
-                if metric in METRICS:
-                    values.setdefault(f"{dataset}/{metric}", []).append(number)
+                if metric in METRICS and (variants is None or variant in variants):
+                    values.setdefault(f"{variant}/{metric}", []).append(number)
         fidelity = run.get("fidelity", {})
         if fidelity.get("r2"):
             values.setdefault("r2_last", []).append(fidelity["r2"][-1])
