@@ -15,6 +15,16 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .card_words import (
+    check_front_matter,
+    dataset_label,
+    dataset_words,
+    describe_size,
+    describe_tokens,
+    describe_training,
+    percent,
+    short_count,
+)
 from .configuration_raptor import RaptorConfig
 from .modeling_raptor import (
     RaptorForDepthEstimation,
@@ -46,7 +56,7 @@ _CONDITIONINGS = {
     "low_rank": "low_rank: per step, a low-rank term on two projections and an affine change of norms and LayerScales",
 }
 _FIGURES = {
-    "phases": "How unlike the teacher's layers are (1 - cos of class token and mean patch), and the phases found.",
+    "phases": "How unlike the teacher's layers are (1 - cos of {tokens}), and the phases found.",
     "fidelity": "How near the student stays to the teacher, layer by layer.",
     "losses": "Losses and learning rate of the distillation.",
 }
@@ -64,6 +74,9 @@ def make_card(
     license: str,
     base_model: str | None,
     datasets: Sequence[str],
+    license_name: str | None = None,
+    license_link: str | None = None,
+    teacher_link: str | None = None,
     revision: str | None = None,
     teacher_metrics: Mapping[str, Any] | None = None,
     has_code: bool = True,
@@ -81,6 +94,9 @@ def make_card(
         license: identifier of the weights' licence, as the Hub knows it.
         base_model: the teacher's name on the Hub, None if it is not there.
         datasets: names on the Hub of the data sets that student and heads were trained on.
+        license_name: what the licence is called, if `license` is "other".
+        license_link: where its text is.
+        teacher_link: the teacher's card, relative to this one, if it is not on the Hub.
         revision: branch that is not the default one.
         teacher_metrics: metrics.json of a folder with the teacher's probes, under the same names of variants.
         has_code: whether the model's code lies beside the weights.
@@ -92,6 +108,8 @@ def make_card(
     own = _own_head(metrics, settings, classes)
     data = ModelCardData(
         license=license,
+        license_name=license_name,
+        license_link=license_link,
         library_name="transformers",
         # the pipeline loads without a variant: only a head that lies beside the backbone works there
         pipeline_tag=PIPELINE_TAGS[classes[None]],
@@ -111,6 +129,7 @@ def make_card(
         model_id=name,
         short_name=name.rpartition("/")[2],
         run=settings,
+        data_name=dataset_words(settings.get("dataset")),
         config=config,
         teacher=metrics.get("teacher", {}),
         facts=_facts(metrics, config),
@@ -119,21 +138,21 @@ def make_card(
         own=own,
         probes=probes,
         checks=_quick_checks(metrics.get("quick_checks", {}), (teacher_metrics or {}).get("quick_checks", {})),
-        training=_training(metrics, settings),
-        figures=[(path, *_describe_figure(path)) for path in figures],
+        training=describe_training(metrics, settings),
+        figures=[(path, *_describe_figure(path, config)) for path in figures],
         loads=[(variant, _auto_class(kind)) for variant, kind in classes.items()],
         arguments="".join(f', {key}="{value}"' for key, value in options.items()),
         has_code=has_code,
         base_model_known=base_model is not None,
-        missing=_missing(metrics, settings, probes, teacher_metrics, figures, base_model),
+        teacher_link=teacher_link,
+        missing=_missing(metrics, settings, probes, teacher_metrics, figures, base_model, teacher_link),
     )
-    if card.data.to_dict() != data.to_dict():
-        raise ValueError("the card's front matter does not survive being read again; check the names in metrics.json")
+    check_front_matter(card, data)
     return card
 
 
 def _facts(metrics: Mapping[str, Any], config: RaptorConfig) -> list[tuple[str, str]]:
-    """The table of what the model is."""
+    """The table of what a student is."""
     blocks = " + ".join(map(str, config.block_repeats))
     partition = f"{config.num_blocks} blocks for {config.num_hidden_layers} layers, {blocks} steps"
     facts = [
@@ -142,14 +161,14 @@ def _facts(metrics: Mapping[str, Any], config: RaptorConfig) -> list[tuple[str, 
         ("width, heads", f"{config.hidden_size}, {config.num_attention_heads}"),
         ("FFN", f"{config.ffn_type}, {config.intermediate_size} wide"),
         ("depth conditioning", _CONDITIONINGS[config.depth_conditioning]),
-        ("tokens", f"1 class token, {config.num_register_tokens} registers, patches of {_size(config.patch_size)} px"),
-        ("image size", f"{_size(config.image_size)} px; others that are multiples of the patch work too"),
+        ("tokens", describe_tokens(config.has_cls, config.num_register_tokens, config.patch_size)),
+        ("image size", f"{describe_size(config.image_size)} px; others that are multiples of the patch work too"),
     ]
     for key, label in (("parameters", "parameters, without heads"), ("macs", "multiply-accumulates per image")):
         student, teacher = (metrics.get(key, {}).get(who) for who in ("student", "teacher"))
         if student:
-            share = f", {student / teacher:.1%} of the teacher's {_short(teacher)}" if teacher else ""
-            facts.append((label, _short(student) + share))
+            share = f", {percent(student / teacher)} of the teacher's {short_count(teacher)}" if teacher else ""
+            facts.append((label, short_count(student) + share))
     return facts
 
 
@@ -178,7 +197,7 @@ def _fidelity_rows(fidelity: Mapping[str, Any]) -> dict[str, Any] | None:
         "header": list(columns),
         "rows": [[_number(value) for value in row] for row in rows],
         "mean_r2": _number(statistics.mean(value for value in fidelity["r2"] if value is not None)),
-        "agreement": _percent(fidelity.get("agreement")),
+        "agreement": percent(fidelity.get("agreement")),
     }
 
 
@@ -193,9 +212,9 @@ def _own_head(
         "variant": None if classes[None] is RaptorForImageClassification else "teacher",
         "metric": "accuracy",
         "value": fidelity["student_accuracy"],
-        "student": _percent(fidelity["student_accuracy"]),
-        "teacher": _percent(fidelity.get("teacher_accuracy")),
-        "dataset": settings.get("dataset"),
+        "student": percent(fidelity["student_accuracy"]),
+        "teacher": percent(fidelity.get("teacher_accuracy")),
+        "dataset": dataset_label(settings.get("dataset")),
         "split": settings.get("test_split"),
     }
 
@@ -209,6 +228,7 @@ def _probe(variant: str, probe: Mapping[str, Any], teacher_metrics: Mapping[str,
     best = (probe.get("best") or {}).get(metric)
     return {
         **probe,
+        "dataset": dataset_label(probe["dataset"]),
         "variant": variant,
         "value": _mean(values),
         "num_seeds": len(values),
@@ -227,8 +247,8 @@ def _eval_results(
     """What becomes the front matter's model-index; values as fractions, depth errors in metres."""
     results = []
     distilled = {
-        "dataset_type": settings.get("dataset"),
-        "dataset_name": settings.get("dataset"),
+        "dataset_type": dataset_label(settings.get("dataset")),
+        "dataset_name": dataset_label(settings.get("dataset")),
         "dataset_config": settings.get("dataset_config"),
         "dataset_split": settings.get("test_split"),
         "dataset_revision": settings.get("dataset_revision"),
@@ -278,33 +298,15 @@ def _quick_checks(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> lis
     names = {"knn_accuracy": "k nearest neighbours", "logistic_regression_accuracy": "logistic regression"}
     return [
         {
-            "dataset": dataset,
+            "dataset": dataset_label(dataset),
             "name": label + (f", k = {values['knn_k']}" if key == "knn_accuracy" and "knn_k" in values else ""),
-            "student": _percent(values[key]),
-            "teacher": _percent(teacher.get(dataset, {}).get(key)),
+            "student": percent(values[key]),
+            "teacher": percent(teacher.get(dataset, {}).get(key)),
         }
         for dataset, values in student.items()
         for key, label in names.items()
         if values.get(key) is not None
     ]
-
-
-def _training(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Length and cost of the distillation."""
-    seconds = metrics.get("seconds", {})
-    spent = [f"{name} {_duration(value)}" for name, value in seconds.items()]
-    rate = metrics.get("images_per_second")
-    steps = (settings.get("stage1_steps") or 0) + (settings.get("stage2_steps") or 0)
-    images = steps * (settings.get("batch_size") or 0)
-    return {
-        "total": _duration(sum(seconds.values())) if seconds else None,
-        "parts": ", ".join(spent),
-        "device": metrics.get("device"),
-        "rate": f"{rate:,.0f}" if rate else None,
-        "images": f"{images:,}" if images else None,
-        "versions": ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()),
-        "unreadable": metrics.get("unreadable_images") or 0,
-    }
 
 
 def _missing(
@@ -314,6 +316,7 @@ def _missing(
     teacher_metrics: Mapping[str, Any] | None,
     figures: Sequence[str],
     base_model: str | None,
+    teacher_link: str | None,
 ) -> list[str]:
     """What a reader would look for and not find."""
     fidelity, missing = metrics.get("fidelity", {}), []
@@ -341,9 +344,9 @@ def _missing(
         missing.append(f"error bars of the probes {', '.join(single)}: one seed each")
     if not any(Path(figure).stem == "phases" for figure in figures):
         missing.append("the figure of the phases")
-    if base_model is None:
+    if base_model is None and teacher_link is None:
         missing.append("a link to the teacher: it is not on the Hub, or its name there is not known")
-    elif not metrics.get("teacher", {}).get("revision"):
+    elif base_model is not None and not metrics.get("teacher", {}).get("revision"):
         missing.append("the teacher's revision")
     missing.append("error bars of the distillation: this is one run, " + _seed(metrics, settings))
     return missing
@@ -359,11 +362,12 @@ def _auto_class(kind: type[RaptorPreTrainedModel]) -> str:
     return "AutoModel" + kind.__name__.removeprefix("Raptor").removeprefix("Model")
 
 
-def _describe_figure(path: str) -> tuple[str, str]:
+def _describe_figure(path: str, config: RaptorConfig) -> tuple[str, str]:
     """Alternative text and caption."""
     stem = Path(path).stem
     if stem in _FIGURES:
-        return stem, _FIGURES[stem]
+        tokens = "class token and mean patch" if config.has_cls else "the mean patch"
+        return stem, _FIGURES[stem].format(tokens=tokens)
     if stem.startswith("probe-"):
         variant = stem.removeprefix("probe-")
         return f"predictions of {variant}", f"Predictions of the head `{variant}` on test images."
@@ -375,11 +379,6 @@ def _layers(layers: Sequence[int]) -> str:
     contiguous = list(layers) == list(range(layers[0], layers[-1] + 1))
     inside = f"{layers[0]}-{layers[-1]}" if contiguous and len(layers) > 1 else ", ".join(map(str, layers))
     return f"[{inside}]"
-
-
-def _size(value: int | Sequence[int]) -> str:
-    height, width = (value, value) if isinstance(value, int) else value
-    return f"{height} x {width}"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -400,21 +399,3 @@ def _spread(values: Sequence[float | None], metric: str) -> str | None:
 def _number(value: float | None) -> str:
     """Four significant digits; a dash for what is not defined."""
     return "-" if value is None or not math.isfinite(value) else f"{value:#.4g}"
-
-
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:.1%}".replace("%", " %")
-
-
-def _short(count: int) -> str:
-    """A count with three significant digits and a unit."""
-    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -276,7 +276,7 @@ def plot_cost(
         path: where to save the figure; None saves nothing.
     """
     label, factor, _ = unit
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = figure.add_subplot()
     shown = [record for record in records if record["values"].get(metric)]
     for index, record in enumerate(shown):
@@ -286,7 +286,7 @@ def plot_cost(
             axes.axhline(mean, color="0.75", linewidth=1, zorder=0)
         axes.errorbar(x, mean, deviation, fmt="o", capsize=3, color=f"C{index % 10}", label=record["name"])
     axes.set(xlabel="parameters of the backbone (M)", ylabel=label, xlim=(0, None))
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
         figure.savefig(path, dpi=150)

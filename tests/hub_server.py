@@ -20,6 +20,8 @@ import yaml  # huggingface_hub itself needs it
 
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "other"}
 REPO_ID = r"[\w.-]+(?:/[\w.-]+)?"
+# what the Hub takes for the type of a data set in a model-index
+DATASET_TYPE = re.compile(r"(?:[\w-]+/)?[\w.-]+", re.ASCII)
 
 
 @dataclass
@@ -56,11 +58,14 @@ class HubServer:
     Args:
         token: the one that is valid.
         user: whose it is.
-        role: what the token may do, "write" or "read".
+        role: what the token may do, "write", "read" or "fineGrained"; the last is told in `scopes`, permissions by
+            the name of a repository or of its owner.
     """
 
     def __init__(self, token: str, user: str = "alice", role: str = "write") -> None:
         self.token, self.user, self.role = token, user, role
+        self.scopes: dict[str, list[str]] = {}
+        self.datasets = {"uoft-cs/cifar10", "scene/parse", "sayakpaul/nyu_depth_v2"}
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.faults: list[Fault] = []
@@ -155,8 +160,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _may(self, action: str, repo_id: str = "") -> None:
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             raise _Refusal(401, "Invalid credentials in Authorization header")
-        if action == "write" and (self.hub.role == "read" or repo_id.partition("/")[0] != self.hub.user):
+        owner = repo_id.partition("/")[0]
+        if action == "write" and (self.hub.role == "read" or owner != self.hub.user):
             raise _Refusal(403, "You don't have the required rights")
+        granted = [*self.hub.scopes.get(repo_id, []), *self.hub.scopes.get(owner, [])]
+        if action == "write" and self.hub.role == "fineGrained" and "repo.write" not in granted:
+            raise _Refusal(403, "the token has no write access to this repository")
 
     def _repo(self, repo_id: str) -> Repo:
         repo = self.hub.repos.get(repo_id)
@@ -176,7 +185,22 @@ class _Handler(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         self._may("read")
         orgs = [{"name": "readers", "roleInOrg": "read"}]
-        self._send({"name": self.hub.user, "orgs": orgs, "auth": {"accessToken": {"role": self.hub.role}}})
+        token: dict[str, Any] = {"role": self.hub.role}
+        if self.hub.role == "fineGrained":
+            scoped = [
+                {
+                    "entity": {"_id": "0", "type": "model" if "/" in name else "user", "name": name},
+                    "permissions": granted,
+                }
+                for name, granted in self.hub.scopes.items()
+            ]
+            token["fineGrained"] = {"scoped": scoped, "global": ["discussion.write"]}
+        self._send({"name": self.hub.user, "orgs": orgs, "auth": {"accessToken": token}})
+
+    def dataset_info(self, repo_id: str) -> None:
+        if repo_id not in self.hub.datasets:
+            raise _Refusal(404, "Repository not found", "RepoNotFound")
+        self._send({"id": repo_id, "sha": "0" * 40, "siblings": []})
 
     def create_repo(self) -> None:
         request = json.loads(self.body)
@@ -277,6 +301,7 @@ _ROUTES = [
     ("GET", rf"/api/models/({REPO_ID})/revision/([^/]+)", _Handler.model_info),
     ("GET", rf"/api/models/({REPO_ID})/tree/([^/]+)", _Handler.tree),
     ("GET", rf"/api/models/({REPO_ID})", _Handler.model_info),
+    ("GET", rf"/api/datasets/({REPO_ID})", _Handler.dataset_info),
     ("POST", rf"/api/models/({REPO_ID})/branch/([^/]+)", _Handler.create_branch),
     ("POST", rf"/api/models/({REPO_ID})/preupload/([^/]+)", _Handler.preupload),
     ("POST", rf"/api/models/({REPO_ID})/commit/([^/]+)", _Handler.commit),
@@ -297,6 +322,8 @@ def front_matter_problem(content: str) -> str | None:
         return "the YAML metadata is missing or malformed"
     if data.get("license") not in LICENSES:
         return '"license" must be one of the known identifiers'
+    if not re.match(r"https://|LICENSE(\.md)?$", data.get("license_link", "LICENSE")):
+        return '"license_link" must be an address or LICENSE'
     for name in ("base_model", "datasets"):
         values = data.get(name, [])
         for value in [values] if isinstance(values, str) else values:
@@ -312,6 +339,8 @@ def front_matter_problem(content: str) -> str | None:
             dataset = result.get("dataset", {})
             if not result.get("task", {}).get("type") or not dataset.get("type") or not dataset.get("name"):
                 return '"model-index[0].results[0]" needs the type of task and dataset, and the name of the dataset'
+            if not DATASET_TYPE.fullmatch(dataset["type"]):
+                return f'"model-index[0].results[0].dataset.type" with value "{dataset["type"]}" is not valid'
             if not result.get("metrics") or any({"type", "value"} - metric.keys() for metric in result["metrics"]):
                 return '"model-index[0].results[0].metrics" needs types and values'
     return None

@@ -23,11 +23,11 @@ CLASSES = {
 }
 
 
-def card(numbers=None, settings=None, **options) -> ModelCard:
+def card(numbers=None, settings=None, config=None, **options) -> ModelCard:
     return make_card(
         metrics() if numbers is None else numbers,
         SETTINGS | (settings or {}),
-        tiny_config(depth_conditioning="low_rank"),
+        config or tiny_config(depth_conditioning="low_rank"),
         **dict(
             template=ROOT / "model_cards" / "template.md",
             name="alice/tiny",
@@ -87,7 +87,7 @@ def test_the_numbers_of_the_run_stand_in_the_text():
     assert "of 6 layers rewritten as 3 recurrent" in text
     assert row(text, "blocks")[1] == "3 blocks for 6 layers, 3 + 1 + 2 steps"
     assert row(text, "phases")[1] == "[1-3], [4], [5-6]"
-    assert row(text, "parameters")[1] == "7 M, 31.8% of the teacher's 22 M"
+    assert row(text, "parameters")[1] == "7 M, 31.8 % of the teacher's 22 M"
     assert "**Not iso-cost**: it needs 1.320 times the teacher's multiply-accumulates, more" in text
     fidelity = section(text, "Fidelity")
     assert row(fidelity, "layer") == ["layer", "R²", "ε", "ε / norm", "cos, cls", "cos, patches"]
@@ -106,7 +106,7 @@ def test_the_numbers_of_the_run_stand_in_the_text():
     assert "the head here is that of seed 0" in results and "--model runs/tiny" in results
     assert row(results, "uoft-cs/cifar10 |") == ["uoft-cs/cifar10", "k nearest neighbours, k = 20", "77.0 %", "missing"]
     training = section(text, "Training")
-    assert "took 3 min (phases 2 s, stage1 60 s, stage2 90 s) on NVIDIA H100, 1,234 images per second" in training
+    assert "took 3 min (phases 2 s, stage 1 60 s, stage 2 90 s) on NVIDIA H100, 1,234 images per second" in training
     assert "240 in all" in training
     assert text.count("{{") == text.count("{%") == text.count("None") == 0
 
@@ -155,6 +155,52 @@ def test_what_was_not_measured_is_left_out_and_said_to_be_missing():
     ]
 
 
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("digits", "digits"),
+        ("data/cifar10-{split}.parquet", "cifar10"),
+        ("photos of anna", "photos-of-anna"),
+        ("data/more/photos/", "photos"),
+        ("data/{split}/*.parquet", "local"),
+    ],
+)
+def test_the_hub_takes_the_type_of_every_data_set(name, label):
+    numbers = metrics()
+    numbers["probes"]["nyu"]["dataset"] = name
+    text = str(card(numbers, {"dataset": name}))
+    assert front_matter_problem(text) is None
+    results = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"]
+    assert {result["dataset"]["type"] for result in results} == {label, "scene/parse"}
+    assert "{split}" not in text
+
+
+def test_a_student_without_a_class_token_is_not_said_to_have_one():
+    config = tiny_config(embedding_type="siglip_vision_model", num_register_tokens=0)
+    text = str(card(config=config))
+    assert row(text, "tokens")[1] == "patches of 4 x 4 px"
+    assert "(1 - cos of the mean patch)" in text and "class token" not in text
+    assert row(str(card()), "tokens")[1] == "1 class token, 2 registers, patches of 4 x 4 px"
+
+
+def test_an_unusual_licence_has_its_name_and_its_text():
+    link = "https://huggingface.co/meta/teacher/blob/main/LICENSE"
+    text = str(card(license="other", license_name="deep-lake", license_link=link))
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["license"], front["license_name"], front["license_link"]) == ("other", "deep-lake", link)
+    assert f"[deep-lake]({link}), for the weights" in section(text, "Licence")
+    assert front_matter_problem(text) is None
+
+
+def test_a_teacher_beside_the_student_is_linked_and_a_stage_that_was_left_out_is_told():
+    text = str(card(settings={"stage1_steps": 0}, base_model=None, teacher_link="../vit/README.md", has_code=False))
+    assert "[`facebook/dinov2-small`](../vit/README.md)" in text and "link to the teacher" not in text
+    training = section(text, "Training")
+    assert "no stage 1" in training and "0 steps" not in training.replace("20 steps", "")
+    assert "training/distill.py alice/tiny/resolved.yaml" in training
+
+
 def test_an_undefined_number_is_a_dash():
     numbers = metrics()
     numbers["fidelity"]["r2"][0] = None
@@ -187,6 +233,9 @@ def test_the_validator_of_these_tests_refuses_bad_cards(problem):
     for broken in (
         good.replace("base_model: facebook/dinov2-small", "base_model: /home/x"),
         good.replace("      type: uoft-cs/cifar10\n", ""),
+        good.replace("      type: uoft-cs/cifar10\n", "      type: cifar10-{split}.parquet\n"),
+        good.replace("      type: uoft-cs/cifar10\n", "      type: photos of anna\n"),
+        good.replace("license: apache-2.0\n", "license: other\nlicense_link: terms.txt\n"),
         good.replace("    - type: mean_iou\n", "    - kind: mean_iou\n"),
     ):
         assert broken != good and front_matter_problem(broken)

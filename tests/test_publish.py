@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from hub_server import HubServer, Repo
+from huggingface_hub import HfApi
+from PIL import Image
 from published_run import metrics, save_run_folder
 from safetensors.torch import load_file, save_file
 from tiny_raptors import tiny_images
@@ -25,7 +27,8 @@ from transformers import (
 
 from raptor_hf.configuration_raptor import AUTO_MAP
 from raptor_hf.hub import list_heads
-from raptor_hf.modeling_raptor import CODE_FILES
+from raptor_hf.image_processing_raptor import RaptorImageProcessor
+from raptor_hf.modeling_raptor import CODE_FILES, RaptorBackbone
 from training import publish
 
 ROOT = Path(__file__).parents[1]
@@ -125,38 +128,45 @@ def environment(hub: HubServer, home: Path) -> dict[str, str]:
     return kept | settings | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
-def test_published_model_loads_in_a_fresh_process_to_the_bit(hub, shared_run, tmp_path):
+@pytest.mark.slow  # starts a process that imports everything
+def test_the_command_publishes_in_one_commit(hub, shared_run, tmp_path):
     command = [sys.executable, "training/publish.py", str(shared_run), "--repo-id", REPO, "--license", "apache-2.0"]
-    variables = environment(hub, tmp_path / "home")
-    published = subprocess.run(
-        command, cwd=ROOT, env=variables | {"HF_TOKEN": TOKEN}, capture_output=True, text=True, check=False
-    )
+    variables = environment(hub, tmp_path / "home") | {"HF_TOKEN": TOKEN}
+    published = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     assert published.returncode == 0, published.stderr
     assert TOKEN not in published.stdout + published.stderr
     assert f"{hub.url}/{REPO}/commit/" in published.stdout
     assert len(hub.repos[REPO].commits) == 2  # the Hub's own, and one for all files
 
-    save_file({"images": tiny_images()}, tmp_path / "images")
+
+@pytest.mark.parametrize("mode", ["remote", pytest.param("installed", marks=pytest.mark.slow)])
+def test_published_model_loads_in_a_fresh_process_to_the_bit(mode, hub, shared_run, run_publish, tmp_path):
+    assert run_publish(shared_run)[0] == 0
+    images = tiny_images()
+    save_file({"images": images}, tmp_path / "images")
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD, mode, REPO, str(tmp_path)],
+        cwd=tmp_path,
+        env=environment(hub, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    loaded = load_file(tmp_path / mode)
     with torch.no_grad():
-        expected = {"none": AutoModel.from_pretrained(shared_run)(tiny_images()).last_hidden_state}
+        expected = {
+            "none": AutoModel.from_pretrained(shared_run)(images).last_hidden_state,
+            "backbone": RaptorBackbone.from_pretrained(shared_run).eval()(images).feature_maps[0],
+        }
         for variant, auto_class in VARIANTS.items():
-            expected[variant] = auto_class.from_pretrained(shared_run, variant=variant)(tiny_images()).to_tuple()[0]
-    loaded = {}
-    for mode in ("installed", "remote"):
-        result = subprocess.run(
-            [sys.executable, "-c", LOAD, mode, REPO, str(tmp_path)],
-            cwd=tmp_path,
-            env=environment(hub, tmp_path / f"home-{mode}"),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
-        loaded[mode] = load_file(tmp_path / mode)
-        for name, output in expected.items():
-            assert torch.equal(loaded[mode][name], output), (mode, name)
-    assert torch.equal(loaded["installed"]["backbone"], loaded["remote"]["backbone"])
-    assert torch.equal(loaded["installed"]["pixels"], loaded["remote"]["pixels"])
+            expected[variant] = auto_class.from_pretrained(shared_run, variant=variant)(images).to_tuple()[0]
+    processor = RaptorImageProcessor.from_pretrained(shared_run)
+    image = Image.radial_gradient("L").resize((40, 24))
+    expected["pixels"] = processor(image, return_tensors="pt")["pixel_values"]
+    assert loaded.keys() == expected.keys()
+    for name, output in expected.items():
+        assert torch.equal(loaded[name], output), name
 
 
 def test_dry_run_prints_exactly_what_is_uploaded_then(hub, shared_run, run_publish):
@@ -227,6 +237,28 @@ def test_an_upload_that_fails_leaves_nothing_half_and_is_mended_by_the_same_comm
     assert {"README.md", "head-nyu.safetensors", *CODE_FILES} <= files.keys() and "head-old.safetensors" not in files
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionError, TimeoutError])
+def test_a_failure_inside_xet_is_one_line_without_its_text(kind, hub, shared_run, run_publish, monkeypatch):
+    def broken(*args, **kwargs):
+        raise kind("PUT https://host/x?X-Amz-Signature=signature-of-the-upload from /home/someone/x")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HfApi, "create_commit", broken)
+        status, printed = run_publish(shared_run)
+    assert status == 2 and f"broke off ({kind.__name__})" in printed and "give the same command again" in printed
+    assert "Amz" not in printed and "/home/" not in printed
+    assert run_publish(shared_run)[0] == 0
+
+
+def test_a_failure_of_work_done_here_keeps_its_traceback(shared_run, run_publish, monkeypatch):
+    def broken(folder):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(publish, "check_weights", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        run_publish(shared_run, "--dry-run")
+
+
 @pytest.mark.parametrize("method, path, status", [("PUT", "/lfs/", 500), ("PUT", "/lfs/", None)])
 def test_an_upload_outlives_one_passing_failure(method, path, status, hub, shared_run, run_publish):
     hub.fail(method, path, status=status)
@@ -264,6 +296,9 @@ def test_what_would_fail_later_fails_before_anything_is_sent(
     refused("may write to these only: alice", repo_id="readers/tiny")
     hub.role = "read"
     refused("the token may only read")
+    hub.role = "fineGrained"
+    for hub.scopes in ({}, {REPO: ["repo.content.read"]}, {"alice/other": ["repo.write"], "readers": ["repo.write"]}):
+        refused("fine-grained one that may not write to alice/tiny")
     hub.role = "write"
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(publish, "get_token", lambda: None)
@@ -292,6 +327,31 @@ def test_what_would_fail_later_fails_before_anything_is_sent(
         refused(message, broken)
     (broken / "model.safetensors").write_bytes(b"\0" * 7)
     refused("damaged", broken)
+
+
+@pytest.mark.parametrize("scope", ["alice", REPO])
+def test_a_fine_grained_token_that_covers_the_repository_publishes(scope, hub, shared_run, run_publish):
+    if scope == REPO:
+        hub.repos[REPO] = Repo(private=False)
+        hub.repos[REPO].commit("main", {})
+    hub.role, hub.scopes = "fineGrained", {scope: ["repo.content.read", "repo.write"]}
+    assert run_publish(shared_run)[0] == 0
+    assert "model.safetensors" in hub.files(REPO)
+
+
+def test_a_folder_that_is_not_here_is_not_linked_as_a_data_set_of_the_hub(hub, run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run", heads=False, probes={}, settings={"dataset": "data/photos"})
+    assert run_publish(folder)[0] == 0
+    assert "datasets" not in yaml.safe_load(hub.files(REPO)["README.md"].split(b"---")[1])
+
+
+def test_the_name_and_the_text_of_an_unusual_licence_are_the_teachers(tmp_path):
+    names = {"license": "other", "license_name": "deep-lake", "license_link": "LICENSE"}
+    (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump(names) + "---\n")
+    link = "https://huggingface.co/meta/teacher/blob/main/LICENSE"
+    assert publish.license_of(str(tmp_path), "meta/teacher") == names | {"license_link": link}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert publish.license_of(str(tmp_path), None) == {"license": "mit"}
 
 
 def test_a_card_that_the_hub_refuses_is_not_uploaded(hub, shared_run, run_publish):

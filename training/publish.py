@@ -26,8 +26,14 @@ import huggingface_hub
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 
-# what the client raises where there is no answer; the package it comes from differs between its versions
-from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
+# HTTPError is what the client raises where there is no answer; the package it comes from differs between its versions
+from huggingface_hub.errors import (
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from raptor_hf import RaptorConfig
@@ -97,26 +103,27 @@ def main() -> None:
     with user_errors():
         token = get_token()
         private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), token, (settings.repo_id,))
+        publication = make_publication(
+            settings.run_folder,
+            settings.repo_id,
+            private,
+            revision=settings.revision,
+            teacher_run=settings.teacher_run,
+            base_model=settings.base_model,
+            license=settings.license,
+        )
+        print_files(publication)
+        if token is None:
+            raise ValueError("there is no token for the Hub; run `hf auth login`, or set HF_TOKEN")
+        api = HfApi(token=token)
         with hub_errors(token):
-            publication = make_publication(
-                settings.run_folder,
-                settings.repo_id,
-                private,
-                revision=settings.revision,
-                teacher_run=settings.teacher_run,
-                base_model=settings.base_model,
-                license=settings.license,
-            )
-            print_files(publication)
-            if token is None:
-                raise ValueError("there is no token for the Hub; run `hf auth login`, or set HF_TOKEN")
-            api = HfApi(token=token)
             target = check_hub(api, settings, publication)
-            for path in target.stale:
-                print(f"{'removed':>15}  {path}")
-            if settings.dry_run:
-                print(f"nothing was uploaded to {settings.repo_id}: this was a dry run, and all checks passed")
-                return
+        for path in target.stale:
+            print(f"{'removed':>15}  {path}")
+        if settings.dry_run:
+            print(f"nothing was uploaded to {settings.repo_id}: this was a dry run, and all checks passed")
+            return
+        with hub_errors(token):
             print(upload(api, settings, publication, target))
 
 
@@ -126,22 +133,28 @@ def with_folder_first(argv: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def hub_errors(token: str | None) -> Iterator[None]:
-    """Turns what the client raises into an OSError of one line, without token, addresses of uploads or traceback."""
+def hub_errors(token: str) -> Iterator[None]:
+    """Turns what the client raises into an OSError of one line, without token, addresses of uploads or traceback.
+
+    For requests only: of work done here a RuntimeError is worth its traceback.
+    """
     try:
         yield
-    except (HTTPError, RuntimeError) as error:
-        # an upload in a thread fails with a RuntimeError around the reason
+    except OfflineModeIsEnabled:  # says how to turn it off
+        raise
+    except (HTTPError, RuntimeError, ConnectionError, TimeoutError) as error:
+        # an upload in a thread fails with a RuntimeError around the reason; that of xet, the default way up, fails
+        # with any of the last three, whose text may hold signed addresses
         reason = error if isinstance(error, HTTPError) else error.__cause__
-        if not isinstance(reason, HTTPError):
-            raise
-        message = explain(reason)
-        raise ConnectionError(message.replace(token, "(token)") if token else message) from None
+        message = explain(reason if isinstance(reason, HTTPError) else error)
+        raise ConnectionError(message.replace(token, "(token)")) from None
 
 
-def explain(error: HTTPError) -> str:
+def explain(error: Exception) -> str:
     """What went wrong with the Hub, and what to do."""
     again = "the model there is unchanged or whole; give the same command again"
+    if not isinstance(error, HTTPError):
+        return f"the exchange with the Hub broke off ({type(error).__name__}); {again}"
     response = getattr(error, "response", None)
     if response is None:
         return f"no answer from the Hub ({type(error).__name__}); {again}"
@@ -164,9 +177,12 @@ def make_publication(
     teacher_run: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
+    teacher_link: str | None = None,
     with_code: bool = True,
 ) -> Publication:
-    """Checks a run folder and gathers what is published of it; asks the Hub for the teacher's licence at most.
+    """Checks a run folder and gathers what is published of it.
+
+    The Hub is asked for the teacher's licence and whether it has the data sets, and may be out of reach.
 
     Args:
         run_folder: of a run of distill.py, perhaps with heads by probe.py.
@@ -176,6 +192,7 @@ def make_publication(
         teacher_run: folder whose metrics.json holds the teacher's probes.
         base_model: the teacher's name on the Hub, if it is not in metrics.json.
         license: of the weights, if it is not the teacher's.
+        teacher_link: the teacher's card, relative to the student's, if it is not on the Hub.
         with_code: whether the model's code goes with the weights.
 
     Raises:
@@ -192,9 +209,7 @@ def make_publication(
     datasets = [dataset for dataset in dict.fromkeys(names) if is_hub_dataset(dataset)]
     public = (*private.public, *datasets, *([base_model] if base_model else []))
     private = PrivateData(private.home, private.names, private.token, public)
-    files = collect_files(folder, private)
-    if not with_code:
-        files = {path: content for path, content in files.items() if not path.endswith(".py")}
+    files = collect_files(folder, private, has_code=with_code)
     card = make_card(
         private.remove({"teacher": teacher} | metrics),
         private.remove(settings),
@@ -203,14 +218,15 @@ def make_publication(
         name=name,
         classes=classes,
         figures=[path for path in files if path.startswith("figures/")],
-        license=license or license_of(teacher["name"], base_model),
+        **({"license": license} if license else license_of(teacher["name"], base_model)),
         base_model=base_model,
         datasets=datasets,
+        teacher_link=teacher_link,
         revision=revision,
         teacher_metrics=private.remove(read_json(Path(teacher_run) / "metrics.json")) if teacher_run else None,
         has_code=with_code,
     )
-    files = {"README.md": str(card).encode()} | files
+    files = {"README.md": f"{str(card).rstrip()}\n".encode()} | files
     check_private(files, private)
     return Publication(files, card)
 
@@ -230,21 +246,33 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def is_hub_dataset(name: str) -> bool:
-    """Whether images come from the Hub, rather than from scikit-learn or from a folder or file here."""
-    return name != "digits" and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+    """Whether images come from the Hub, rather than from scikit-learn or from a folder or file."""
+    if name == "digits" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is None or Path(name).exists():
+        return False
+    try:
+        HfApi().dataset_info(name)
+    except RepositoryNotFoundError:  # a folder that lies where the run was made, or gone: there is nothing to link to
+        return False
+    except (HTTPError, OSError):  # a Hub out of reach is told of by the checks that need it
+        return True
+    return True
 
 
-def license_of(teacher: str, base_model: str | None) -> str:
-    """The licence in the teacher's card, which the weights made from it come under."""
-    card, found = Path(teacher) / "README.md", None
-    if card.is_file():
-        found = ModelCard.load(card).data.license
+def license_of(teacher: str, base_model: str | None) -> dict[str, str]:
+    """The licence in the teacher's card, which the weights made from it come under, as `make_card` takes it."""
+    path, data = Path(teacher) / "README.md", None
+    if path.is_file():
+        data = ModelCard.load(path).data
     elif base_model is not None:
         # there may be no card, and a Hub out of reach is told of by the checks that need it
         with contextlib.suppress(HTTPError, OSError):
-            found = ModelCard.load(base_model).data.license
-    if found is None:
+            data = ModelCard.load(base_model).data
+    if data is None or data.license is None:
         raise ValueError(f"the licence of the teacher, {teacher!r}, is not known; give --license, such as apache-2.0")
+    found = {key: data.get(key) for key in ("license", "license_name", "license_link") if data.get(key)}
+    if base_model is not None and "license_link" in found and "://" not in found["license_link"]:
+        # a file of the teacher's repository
+        found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{found['license_link']}"
     return found
 
 
@@ -299,14 +327,31 @@ def validate_card(api: HfApi, card: ModelCard) -> None:
 
 
 def check_rights(user: dict[str, Any], repo_id: str) -> None:
-    """Refuses a token that only reads, and a namespace that is not the user's."""
-    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    """Refuses a token that only reads, a namespace that is not the user's, and one that the token does not cover."""
+    token = user.get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
         raise ValueError("the token may only read; make one that may write at https://huggingface.co/settings/tokens")
     organisations = [org["name"] for org in user.get("orgs", []) if org.get("roleInOrg") != "read"]
     namespace = repo_id.partition("/")[0]
     if namespace not in (user["name"], *organisations):
         names = ", ".join([user["name"], *organisations])
         raise ValueError(f"repo_id is {repo_id!r}, but the token may write to these only: {names}")
+    if token.get("role") == "fineGrained" and not covers(token.get("fineGrained", {}), repo_id):
+        raise ValueError(
+            f"the token is a fine-grained one that may not write to {repo_id}; give it write access to "
+            f"the repositories of {namespace} at https://huggingface.co/settings/tokens"
+        )
+
+
+def covers(scopes: dict[str, Any], repo_id: str) -> bool:
+    """Whether a fine-grained token may write to a repository: everywhere, in its namespace, or in itself."""
+    if "repo.write" in scopes.get("global", []):
+        return True
+    names = (repo_id.lower(), repo_id.partition("/")[0].lower())
+    return any(
+        "repo.write" in scope.get("permissions", []) and str(scope.get("entity", {}).get("name")).lower() in names
+        for scope in scopes.get("scoped", [])
+    )
 
 
 def stale_files(api: HfApi, repo_id: str, info: huggingface_hub.ModelInfo, publication: Publication) -> list[str]:

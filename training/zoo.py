@@ -3,13 +3,16 @@
     python training/zoo.py                                            # writes the table anew
     python training/zoo.py --add runs/digits_k3 --name digits-k3      # copies a run there first, with a card
 
-A run goes in as publish.py would upload it, without private data, and without code: whoever has this repository has
-that. The table stands between two comments in the README and comes from model_cards/*/metrics.json alone.
+A run of distill.py goes in as publish.py would upload it, without private data, and without code: whoever has this
+repository has that. A run of train_teacher.py goes in the same way. The table stands between two comments in the README
+and comes from model_cards/*/metrics.json alone.
 """
 
 import getpass
 import json
+import os
 import re
+import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +20,19 @@ from typing import Any
 
 import yaml
 from huggingface_hub import get_token
-from publish import hub_errors, make_publication
+from publish import Publication, is_hub_dataset, make_publication, read_json
+from safetensors import SafetensorError
+from transformers import AutoModelForImageClassification
 
+from raptor_hf.card_words import dataset_label
 from raptor_hf.checkpoint import write_text_atomically
-from raptor_hf.hub import PrivateData
-from raptor_hf.settings import parse_settings, user_errors
+from raptor_hf.hub import PrivateData, check_private, collect_files
+from raptor_hf.settings import RESOLVED_FILE, parse_settings, user_errors
+from raptor_hf.teacher_card import make_teacher_card
 
+TEACHER_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "teacher.md"
+# of a teacher that was trained here from random weights
+OWN_LICENSE = "apache-2.0"
 BEGIN, END = "<!-- zoo: written by training/zoo.py -->", "<!-- end of zoo -->"
 # GitHub refuses files above 100 MB, and a clone should stay small
 MAX_WEIGHTS_BYTES = 20_000_000
@@ -35,9 +45,9 @@ class ZooSettings:
 
     cards_dir: str = "model_cards"
     readme: str = "README.md"
-    add: str | None = None  # folder of a run of distill.py
+    add: str | None = None  # folder of a run of distill.py or train_teacher.py
     name: str | None = None  # of the new model's folder
-    # as in publish.py
+    # as in publish.py; the first two are for students
     teacher_run: str | None = None
     base_model: str | None = None
     license: str | None = None
@@ -63,29 +73,110 @@ def main() -> None:
 def add_model(settings: ZooSettings) -> Path:
     """Copies a run into the zoo; its weights stay out where they are large.
 
+    The folder is replaced whole or not at all, and only a student's by a student's.
+
     Raises:
-        ValueError: what publish.py would refuse too.
+        FileNotFoundError: the folder of an unfinished run, or one without all files of its model.
+        ValueError: what publish.py would refuse too, or the name of another kind of model.
     """
-    folder, token = Path(settings.cards_dir) / settings.name, get_token()
-    private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), token)
-    with hub_errors(token):
-        publication = make_publication(
-            settings.add,
-            folder.as_posix(),
-            private,
-            teacher_run=settings.teacher_run,
-            base_model=settings.base_model,
-            license=settings.license,
-            with_code=False,
-        )
+    run, folder = Path(settings.add), Path(settings.cards_dir) / settings.name
+    is_teacher = "teacher" not in read_resolved(run)
+    if folder.exists() and (is_teacher or not is_student(folder)):
+        kind = "holds a student already" if is_student(folder) else "holds something else than a student"
+        raise ValueError(f"name is {settings.name!r}, but {folder} {kind}; choose another, or remove that folder first")
+    if is_teacher and (settings.teacher_run or settings.base_model):
+        raise ValueError(f"teacher_run and base_model are for students; {run} is a run of train_teacher.py")
+    private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), get_token())
+    make = make_teacher if is_teacher else make_student
+    publication = make(run, folder, private, settings)
     sizes = publication.sizes()
     weights = {path for path in sizes if path.endswith(".safetensors")}
-    left_out = weights if sum(sizes[path] for path in weights) > MAX_WEIGHTS_BYTES else set()
-    for path, content in publication.files.items():
-        if path not in left_out:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    num_bytes = sum(sizes[path] for path in weights)
+    files = publication.files
+    if num_bytes > MAX_WEIGHTS_BYTES:
+        said = f"The weights, {num_bytes / 1e6:,.0f} MB, are not in this folder: the command under Training makes them."
+        card = files["README.md"].decode().replace("\n## Use\n", f"\n## Use\n\n{said}\n", 1)
+        files = {path: content for path, content in files.items() if path not in weights} | {"README.md": card.encode()}
+    write_folder(folder, files)
     return folder
+
+
+def make_student(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
+    """The files of a run of distill.py, with a link to its teacher's card where that is in the zoo too."""
+    card = Path(read_resolved(run)["teacher"]) / "README.md"
+    in_zoo = card.is_file() and card.resolve().parents[1] == folder.resolve().parent
+    return make_publication(
+        run,
+        folder.as_posix(),
+        private,
+        teacher_run=settings.teacher_run,
+        base_model=settings.base_model,
+        license=settings.license,
+        teacher_link=f"../{card.parent.name}/README.md" if in_zoo else None,
+        with_code=False,
+    )
+
+
+def make_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
+    """The files of a run of train_teacher.py."""
+    metrics, resolved = read_json(run / "metrics.json"), read_resolved(run)
+    if not {"dataset", "num_layers"} <= resolved.keys():
+        raise ValueError(f"{run} is not a run of train_teacher.py: {RESOLVED_FILE} names no dataset or no num_layers")
+    datasets = [resolved["dataset"]] if is_hub_dataset(resolved["dataset"]) else []
+    private = PrivateData(private.home, private.names, private.token, (*private.public, *datasets))
+    files = collect_files(run, private, has_code=False)
+    try:
+        model, report = AutoModelForImageClassification.from_pretrained(run, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {run} are damaged: {error}") from error
+    bad = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if bad or any(report.values()):
+        raise ValueError(f"the weights in {run} are not finite, or not what config.json describes: {bad or report}")
+    card = make_teacher_card(
+        private.remove(metrics),
+        private.remove(resolved),
+        model.config,
+        json.loads(files["preprocessor_config.json"]),
+        template=TEACHER_TEMPLATE,
+        name=folder.as_posix(),
+        license=settings.license or OWN_LICENSE,
+        datasets=datasets,
+    )
+    # what the figure shows stands in the card
+    files = {path: content for path, content in files.items() if not path.startswith("figures/")}
+    files = {"README.md": f"{str(card).rstrip()}\n".encode()} | files
+    check_private(files, private)
+    return Publication(files, card)
+
+
+def read_resolved(folder: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    path = folder / RESOLVED_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RESOLVED_FILE}: it is not the folder of a run")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def is_student(folder: Path) -> bool:
+    """Whether a folder of the zoo holds a student."""
+    return (folder / RESOLVED_FILE).is_file() and "teacher" in read_resolved(folder)
+
+
+def write_folder(folder: Path, files: dict[str, bytes | Path]) -> None:
+    """Puts the files into a folder beside it, which then takes its place: nothing of an older model stays."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if temporary.exists():  # of a command that was killed
+        shutil.rmtree(temporary)
+    for path, content in files.items():
+        (temporary / path).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
 
 
 def make_table(cards_dir: Path) -> str:
@@ -94,7 +185,7 @@ def make_table(cards_dir: Path) -> str:
     Raises:
         FileNotFoundError: there is no model.
     """
-    folders = sorted(path.parent for path in cards_dir.glob("*/metrics.json"))
+    folders = sorted(path.parent for path in cards_dir.glob("[!.]*/metrics.json"))
     if not folders:
         raise FileNotFoundError(f"{cards_dir} holds no model: no */metrics.json")
     rows = sorted((make_row(folder) for folder in folders), key=lambda row: (not row["is_teacher"], row["cells"][0]))
@@ -121,7 +212,7 @@ def make_row(folder: Path) -> dict[str, Any]:
     cells = [
         f"[{folder.name}]({folder.as_posix()}/README.md)",
         what,
-        str(settings["dataset"]),
+        str(dataset_label(settings["dataset"])),
         "-" if accuracy is None else f"{accuracy * 100:.1f} %",
         "-" if r2 is None else f"{r2:.3f}",
         _millions(parameters),

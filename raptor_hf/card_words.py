@@ -1,0 +1,91 @@
+"""What the cards of students and teachers say alike: numbers, sizes, names of data sets, the cost of a training."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+def dataset_label(name: str | None) -> str | None:
+    """A short name of a data set: that on the Hub or "digits" as it is, of a path its last part without pattern.
+
+    The Hub takes for the type of a data set an identifier only, letters, digits and "_.-" with at most one "/".
+    """
+    if name is None or re.fullmatch(r"([\w-]+/)?[\w.-]+", name, re.ASCII):
+        return name
+    last = re.sub(r"\{\w*\}|\*|\.parquet$", "", re.split(r"[/\\]", name.rstrip("/\\"))[-1])
+    return re.sub(r"[^\w.-]+", "-", last, flags=re.ASCII).strip("-_.") or "local"
+
+
+def dataset_words(name: str | None) -> str | None:
+    """A data set as a sentence names it."""
+    return "scikit-learn's digits" if name == "digits" else dataset_label(name)
+
+
+def describe_training(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Length and cost of a training; a teacher's is one number, a student's one per part."""
+    seconds = metrics.get("seconds", {})
+    parts = seconds if isinstance(seconds, Mapping) else {"all": seconds}
+    spent = [f"{name.replace('stage', 'stage ')} {duration(value)}" for name, value in parts.items()]
+    rate, device = metrics.get("images_per_second"), metrics.get("device")
+    steps = sum(settings.get(key) or 0 for key in ("stage1_steps", "stage2_steps", "steps"))
+    images = steps * (settings.get("batch_size") or 0)
+    return {
+        "total": duration(sum(parts.values())) if parts else None,
+        "parts": ", ".join(spent),
+        "device": device and re.sub(r"\b1 threads$", "1 thread", device),
+        "rate": f"{rate:,.0f}" if rate else None,
+        "images": f"{images:,}" if images else None,
+        "versions": ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()),
+        "unreadable": metrics.get("unreadable_images") or 0,
+    }
+
+
+def describe_tokens(
+    has_cls: bool, num_registers: int, patch: int | Sequence[int], num_patches: int | None = None
+) -> str:
+    """The tokens of a model, with the size of its patches in pixels."""
+    registers = f"{num_registers} register{'' if num_registers == 1 else 's'}"
+    parts = (
+        ["1 class token"] * has_cls
+        + [registers] * (num_registers > 0)
+        + [f"{num_patches or ''} patches of {describe_size(patch)} px".lstrip()]
+    )
+    return ", ".join(parts)
+
+
+def describe_size(value: int | Sequence[int]) -> str:
+    """Height and width of a rectangle, or of a square of that side."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return f"{height} x {width}"
+
+
+def percent(value: float | None) -> str | None:
+    """A share with one decimal; None stays."""
+    return None if value is None else f"{value:.1%}".replace("%", " %")
+
+
+def short_count(count: int) -> str:
+    """A count with three significant digits and a unit."""
+    for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that fits it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def check_front_matter(card: ModelCard, data: ModelCardData) -> None:
+    """Refuses a card whose front matter says something else than what it was made from.
+
+    Raises:
+        ValueError: it does not come back as it went in.
+    """
+    if card.data.to_dict() != data.to_dict():
+        raise ValueError("the card's front matter does not survive being read again; check the names in metrics.json")
