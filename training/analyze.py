@@ -25,9 +25,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForImageClassification
 
-from raptor_hf.basins import Reservoir, class_angles, image_key, summaries
+from raptor_hf.basins import Reservoir, class_angles, has_class_pairs, image_key, summaries
 from raptor_hf.data import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator
 from raptor_hf.dynamics import DynamicsAccumulator, speed_jumps
@@ -43,7 +42,7 @@ from raptor_hf.recipe import describe_environment, warn_if_single_thread
 from raptor_hf.settings import parse_settings, settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.spectra import SpectrumAccumulator
-from raptor_hf.teacher import Teacher, load_teacher
+from raptor_hf.teacher import Teacher, load_teacher, untrained
 
 logger = logging.getLogger("analyze")
 
@@ -71,7 +70,7 @@ class AnalyzeSettings:
     block_repeats: list[int] | None = None
     num_blocks: int = 3
     # what is streamed over all images
-    rank_stride: int = 4  # ranks are those of one of so many images; on GPUs, slow at eigenvalues, better 64
+    rank_stride: int = 10  # ranks are those of one of so many images; on GPUs, slow at eigenvalues, better 64
     reservoir_images: int = 300
     dmd_ridge: float = 1e-4
     dmd_rank: int | None = None
@@ -133,6 +132,7 @@ def main() -> None:
                 image_column=settings.image_column,
                 label_column=settings.label_column,
             )
+            images = shuffled(images, settings.seed)
         study = Study(settings, accelerator, models, images, processor)
     study.find_partition()
     study.stream()
@@ -169,7 +169,7 @@ def open_models(settings: AnalyzeSettings, device: torch.device) -> dict[str, Te
     dtype = getattr(torch, settings.dtype)
     models = [load_teacher(name, dtype=dtype, device=device) for name in (settings.model, *settings.compare)]
     if settings.untrained:
-        models.append(untrained(models[0], settings.seed, device))
+        models.append(untrained(models[0], settings.seed, with_classifier=True))
     for model in models[1:]:
         if model.num_layers != models[0].num_layers:
             raise ValueError(
@@ -182,21 +182,21 @@ def open_models(settings: AnalyzeSettings, device: torch.device) -> dict[str, Te
     return dict(zip(names, models, strict=True))
 
 
-def untrained(model: Teacher, seed: int, device: torch.device) -> Teacher:
-    """A randomly initialised model of the same configuration."""
-    auto_class = AutoModel if model.classifier is None else AutoModelForImageClassification
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        fresh = auto_class.from_config(model.config, dtype=next(model.model.parameters()).dtype)
-    return Teacher(fresh.to(device), name=f"untrained {model.name}")
+def shuffled(images: ImageSet, seed: int) -> ImageSet:
+    """The same images in an order fixed by the seed: folders come class by class, and parts of them are analysed."""
+    rows = images.dataset.shuffle(seed=seed, keep_in_memory=True)
+    return dataclasses.replace(images, dataset=rows, title=f"{images.title}, shuffled")
 
 
 def knows_labels(images: ImageSet, model: Teacher) -> bool:
     """Whether the labels of the images are classes of the model's classifier."""
     if model.classifier is None or not images.has_labels:
         return False
-    labels = [label for label in images.dataset.unique(images.label_column) if label is not None]
-    return all(0 <= label < model.classifier.out_features for label in labels)
+    if images.class_names is not None:
+        return len(images.class_names) == model.classifier.out_features
+    # the column alone: of shuffled rows this makes a copy
+    labels = images.dataset.select_columns(images.label_column).unique(images.label_column)
+    return all(label is None or 0 <= label < model.classifier.out_features for label in labels)
 
 
 def shares_embeddings(model: Teacher, reference: Teacher) -> bool:
@@ -301,7 +301,7 @@ class Study:
         self.has_labels = all(knows_labels(images, model) for model in models.values())
 
     def batches(self, title: str, limit: int | None = None) -> Iterator[tuple[Tensor, list[str], Tensor | None]]:
-        """Images, names and, if they are classes of all models, labels; this process's share."""
+        """Images, names and the labels that the set has, if any; this process's share."""
         loader = eval_loader(
             self.images,
             self.processor,
@@ -319,6 +319,8 @@ class Study:
 
     def reduce(self, accumulators: Sequence[Accumulator]) -> None:
         """Adds up the sums of all processes."""
+        if self.accelerator.num_processes == 1:
+            return  # the sums are float64, which not every device has
         for accumulator in accumulators:
             sums = accumulator.sums().to(self.accelerator.device)
             accumulator.load_sums(self.accelerator.reduce(sums, reduction="sum"))
@@ -415,7 +417,7 @@ class Study:
             dynamics=dynamics,
             spectra=streams.spectra.compute(),
             jumps=jumps,
-            class_angles=None if labels is None else class_angles(streams.reservoir.vectors, labels),
+            class_angles=class_angles(streams.reservoir.vectors, labels) if has_class_pairs(labels) else None,
             perturbation=experiments.perturbation.compute(),
             edits=experiments.edits.compute(),
             dmd=experiments.errors.compute(),
