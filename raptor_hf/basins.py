@@ -122,6 +122,11 @@ class ClassAngles(Result):
     silhouette: Curve
 
 
+def has_class_pairs(labels: Tensor | None) -> bool:
+    """Whether there are labels, (N,), and at least two of their classes have two or more images, as angles need."""
+    return labels is not None and int((labels.unique(return_counts=True)[1] > 1).sum()) >= 2
+
+
 @torch.no_grad()
 def class_angles(vectors: Tensor, labels: Tensor) -> ClassAngles:
     """Computes angles within and between classes, and the silhouette, at every layer.

@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dynamics import Curve, MatrixAccumulator, MomentAccumulator, Result, layer_first_chunks, token_groups
+from .dynamics import (
+    Curve,
+    MatrixAccumulator,
+    MomentAccumulator,
+    Result,
+    in_float64,
+    layer_first_chunks,
+    token_groups,
+)
 from .teacher import Teacher
 
 BASELINES = ("identity", "endpoint")
@@ -79,14 +87,18 @@ class DMDAccumulator(MatrixAccumulator):
                 f"but is {tuple(states.shape)}"
             )
         matrices = self._matrices(states.device)
-        for x in layer_first_chunks(states):
+        for x in map(in_float64, layer_first_chunks(states)):
             for index, (start, end) in enumerate(self.spans):
                 inputs, outputs = x[start:end].flatten(0, 2), x[start + 1 : end + 1].flatten(0, 2)
                 first, final = x[start].flatten(0, 1), x[end].flatten(0, 1)
-                products = [inputs.T @ inputs, inputs.T @ outputs]
+                later = inputs[len(first) :]
+                of_first, product = first.T @ first, inputs.T @ outputs
                 # in a span of one layer they are the same
-                products += products if end == start + 1 else [first.T @ first, first.T @ final]
-                matrices[index] += torch.stack(products).to(matrices.device)
+                to_final = product if end == start + 1 else first.T @ final
+                for sums, values in zip(
+                    matrices[index], (of_first + later.T @ later, product, of_first, to_final), strict=True
+                ):
+                    sums += values
 
     def fit(self, ridge: float = 1e-4, rank: int | None = None) -> list[SpanOperator]:
         """Solves for the operators, in float64.
@@ -115,10 +127,10 @@ def _solve(xx: Tensor, xy: Tensor, ridge: float, rank: int | None) -> tuple[Tens
     eigenvalues, eigenvectors = torch.linalg.eigh(xx)
     kept = len(xx) if rank is None else rank
     values, basis = eigenvalues[-kept:], eigenvectors[:, -kept:]
-    # directions that hold nothing but rounding (the products are float32) have no dynamics to fit
-    values = values.clamp(min=0) + ridge * eigenvalues.mean().clamp(min=0)
-    usable = values > len(xx) * torch.finfo(torch.float64).eps * values[-1]
+    # float32 rounds states by so much: what is smaller holds nothing but rounding, and has no dynamics to fit
+    usable = values > len(xx) * torch.finfo(torch.float32).eps ** 2 * eigenvalues[-1]
     values, basis = values[usable], basis[:, usable]
+    values = values + ridge * eigenvalues.mean()
     return basis @ ((basis.T @ xy) / values[:, None]), basis
 
 
@@ -259,11 +271,13 @@ class ContinuationExperiment(MomentAccumulator):
     def update(self, states: Tensor) -> None:
         """Adds a batch of the teacher's trajectories, (B, L + 1, T, D)."""
         truth = self.teacher.logits(states[:, -1])
+        wide = torch.promote_types(states.dtype, torch.float32)
         for index, operator in enumerate(self.operators):
             start, end = operator.span
             rest = range(end + 1, self.teacher.num_layers + 1)
-            predicted = roll_out(states[:, start], operator)
-            last = self.teacher.run_layers(predicted, rest)[:, -1]
+            # the powers in at least float32: the error is to be that of the operator, not of its rounding
+            predicted = roll_out(states[:, start].to(wide), operator)
+            last = self.teacher.run_layers(predicted.to(states.dtype), rest)[:, -1]
             skipped = self.teacher.run_layers(states[:, start], rest)[:, -1]
             self.add(f"{index}.end", _cosine_error(predicted, states[:, end]).mean(1))
             self.add(f"{index}.last", _cosine_error(last, states[:, -1]).mean(1))

@@ -11,6 +11,7 @@ that act on the model in `interventions`.
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +24,8 @@ from .metrics import Accumulator
 
 # elements of the float32 copies made at a time: on a CPU few enough for its caches, on a GPU enough to keep it busy
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**18, 2**25
+# placements of phase boundaries up to which a test takes them all
+MAX_PLACEMENTS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +242,8 @@ class SpeedJumps(Result):
     Attributes:
         at_boundaries: mean change of speed at the boundaries, radians.
         elsewhere: mean change between the other successive layers, radians.
-        p_value: fraction of all placements of as many boundaries, this one included, whose changes are as large.
+        p_value: fraction of all placements of as many boundaries, or of a random sample of them, this one included,
+            whose changes are as large.
     """
 
     at_boundaries: float
@@ -247,12 +251,16 @@ class SpeedJumps(Result):
     p_value: float
 
 
-def speed_jumps(speed_change: Tensor, boundaries: Sequence[int]) -> SpeedJumps:
-    """Tests whether speed jumps at phase boundaries, exactly, against all placements of as many boundaries.
+def speed_jumps(
+    speed_change: Tensor, boundaries: Sequence[int], max_placements: int = MAX_PLACEMENTS, seed: int = 0
+) -> SpeedJumps:
+    """Tests whether speed jumps at phase boundaries, against all placements of as many boundaries.
 
     Args:
         speed_change: |speed of layer l + 1 - speed of layer l| for l = 1 .. L - 1, (L - 1,), as `Dynamics` has it.
         boundaries: last layers of the phases but the last, each in 1 .. L - 1.
+        max_placements: if there are more, so many random ones stand for them.
+        seed: of these.
 
     Raises:
         ValueError: if there is no boundary, one is out of range, or no other layer is left to compare with.
@@ -262,7 +270,12 @@ def speed_jumps(speed_change: Tensor, boundaries: Sequence[int]) -> SpeedJumps:
     if not chosen or chosen[0] < 1 or chosen[-1] > len(changes) or len(chosen) == len(changes):
         raise ValueError(f"boundaries={list(boundaries)} must be some, but not all, of the layers 1..{len(changes)}")
     inside = changes[np.array(chosen) - 1]
-    placements = np.array([sum(c) for c in itertools.combinations(changes.tolist(), len(chosen))])
+    if math.comb(len(changes), len(chosen)) <= max_placements:
+        placements = np.array([sum(c) for c in itertools.combinations(changes.tolist(), len(chosen))])
+    else:
+        # the first of a random order of the layers; with the placement itself, so that p is never 0
+        order = np.random.default_rng(seed).random((max_placements, len(changes))).argsort(1)
+        placements = np.append(changes[order[:, : len(chosen)]].sum(1), inside.sum())
     # rounding must not make the placement itself smaller than itself
     as_large = placements >= inside.sum() * (1 - 1e-12)
     rest = (changes.sum() - inside.sum()) / (len(changes) - len(chosen))
@@ -339,3 +352,12 @@ def layer_first_chunks(states: Tensor) -> Iterator[Tensor]:
     size = max(1, elements // states[0].numel())
     for chunk in states.split(size):
         yield chunk.transpose(0, 1).to(wide).contiguous()
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """The same in float64, on the CPU where the device has none.
+
+    Gram matrices need it: their eigenvalues are squares, and what float32 rounds off those of a few large directions
+    is as large as the eigenvalues of hundreds of small ones.
+    """
+    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -200,27 +200,31 @@ def plot_projection(
 
 
 def plot_epsilon(
-    results: Mapping[str, Fidelity],
+    results: Mapping[str, Fidelity | None],
     boundaries: Sequence[int] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
     """Draws epsilon of the block-recurrent hypothesis per layer, relative and absolute, and the cosines behind it.
 
     Args:
-        results: by student.
+        results: by model, None for those that are no students, whose colours stay theirs.
         boundaries: last layers of the phases but the last.
         path: where to save the figure; None saves nothing.
     """
     figure = Figure(figsize=(10.5, 3.2), layout="constrained")
     panels = figure.subplots(1, 3)
-    for result, (color, marker) in zip(results.values(), STYLES[1:], strict=False):
+    kinds: dict[str, Line2D] = {}
+    for result, (color, marker) in zip(results.values(), STYLES, strict=False):
+        if result is None:
+            continue
         layers = np.arange(1, len(result.epsilon) + 1)
         options = {"color": color, "markersize": 4, "linewidth": 1.3}
         panels[0].plot(layers, result.relative_epsilon, marker=marker, **options)
         panels[1].plot(layers, result.epsilon, marker=marker, **options)
         for (group, cosine), style in zip(result.cosine.items(), ("-", ":", "--"), strict=True):
             if cosine is not None:
-                panels[2].plot(layers, cosine, style, label=group, **options)
+                panels[2].plot(layers, cosine, style, **options)
+                kinds[group] = Line2D([], [], color="black", linestyle=style, label=group)
     panels[0].set_ylabel("relative \N{GREEK SMALL LETTER EPSILON} (share of the norm)")
     panels[1].set_ylabel("\N{GREEK SMALL LETTER EPSILON} (norm over tokens and features)")
     panels[2].set_ylabel("cosine to the teacher")
@@ -229,9 +233,8 @@ def plot_epsilon(
         axes.set_xlabel("layer")
     for axes in panels[:2]:
         axes.set_ylim(bottom=0)
-    handles, names = panels[2].get_legend_handles_labels()
-    panels[2].legend(handles[:3], names[:3], frameon=False, fontsize=8)
-    _add_legend(figure, results, first_style=1)
+    panels[2].legend(handles=list(kinds.values()), frameon=False, fontsize=8)
+    _add_legend(figure, results)
     return _saved(figure, path)
 
 
@@ -260,12 +263,12 @@ def _draw_boundaries(axes: Axes, boundaries: Sequence[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _add_legend(
-    figure: Figure, names: Sequence[str] | Mapping[str, object], more: Sequence[Line2D] = (), first_style: int = 0
-) -> None:
+def _add_legend(figure: Figure, results: Mapping[str, object], more: Sequence[Line2D] = ()) -> None:
+    """Names the models that have a result, each in its own colour, and what else there is."""
     handles = [
         Line2D([], [], color=color, marker=marker, markersize=5, label=name)
-        for name, (color, marker) in zip(names, STYLES[first_style:], strict=False)
+        for (name, result), (color, marker) in zip(results.items(), STYLES, strict=False)
+        if result is not None
     ]
     figure.legend(handles=[*handles, *more], loc="outside upper center", ncols=6, frameon=False, fontsize=9)
 

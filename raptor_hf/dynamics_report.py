@@ -111,8 +111,8 @@ def draw_figures(folder: Path, analyses: Sequence[Analysis], partition: Partitio
         dynamics_figures.plot_quantities(dynamics, quantities, boundaries, folder / file)
     ranks = {a.name: (a.spectra, a.dynamics.coherence) for a in analyses}
     dynamics_figures.plot_ranks(ranks, boundaries, folder / "ranks.png")
-    if students := {a.name: a.fidelity for a in analyses if a.fidelity is not None}:
-        dynamics_figures.plot_epsilon(students, boundaries, folder / "epsilon.png")
+    if any(a.fidelity is not None for a in analyses):
+        dynamics_figures.plot_epsilon({a.name: a.fidelity for a in analyses}, boundaries, folder / "epsilon.png")
     if all(a.class_angles is not None for a in analyses):
         angles = {a.name: a.class_angles for a in analyses}
         dynamics_figures.plot_class_angles(angles, boundaries, folder / "class_angles.png")
@@ -147,7 +147,8 @@ def report_text(analyses: Sequence[Analysis], partition: Partition, numbers: Map
         analyses: the first is the reference.
         partition: the phases.
         numbers: what is saved as JSON beside it: "findings" (of `findings`), "images", "num_images",
-            "intervention_images", "analysis_cost" (or None), "device" and "versions".
+            "intervention_images", "analysis_cost" (or None), "device", "versions" and "settings", of which the report
+            tells the "rank_stride".
         command: that made the report.
     """
     results: Sequence[Finding] = numbers["findings"]
@@ -163,7 +164,7 @@ def report_text(analyses: Sequence[Analysis], partition: Partition, numbers: Map
         summary_text(results),
         findings_text(results),
     ]
-    texts = captions(analyses, partition.boundaries)
+    texts = captions(analyses, partition.boundaries, numbers["settings"]["rank_stride"])
     for title, files in SECTIONS.items():
         present = [file for file in files if file in texts]
         if present:
@@ -175,7 +176,7 @@ def report_text(analyses: Sequence[Analysis], partition: Partition, numbers: Map
         if "dmd.png" in present:
             parts.append(_continuation_table(analyses))
     if numbers["analysis_cost"]:
-        parts += ["## Cost", _cost_text(numbers["analysis_cost"])]
+        parts += ["## Cost", _cost_text(numbers["analysis_cost"], numbers["settings"]["rank_stride"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -244,13 +245,18 @@ def _continuation_table(analyses: Sequence[Analysis]) -> str:
     return "\n".join(lines)
 
 
-def _cost_text(cost: Mapping[str, Any]) -> str:
+def _cost_text(cost: Mapping[str, Any], rank_stride: int) -> str:
     shares = ", ".join(f"{name} {share:.0%}" for name, share in cost["shares"].items())
     return (
         f"The streamed analysis of all models costs {cost['total']:.0%} of the forward passes it needs ({shares}; "
         f"forward passes {1000 * cost['forward_seconds']:.0f} ms for {cost['batch_size']} images), median of "
-        f"{cost['repeats']} repeats taken in turn."
+        f"{cost['repeats']} repeats taken in turn. Ranks take {_every(rank_stride)}, linear "
+        "models about half of them."
     )
+
+
+def _every(stride: int) -> str:
+    return "all images" if stride == 1 else f"one in {stride} images"
 
 
 def findings_text(results: Sequence[Finding]) -> str:
@@ -283,12 +289,14 @@ def summary_text(results: Sequence[Finding]) -> str:
     return "\n\n".join(sentences)
 
 
-def captions(analyses: Sequence[Analysis], boundaries: Sequence[int]) -> dict[str, str]:
+def captions(analyses: Sequence[Analysis], boundaries: Sequence[int], rank_stride: int) -> dict[str, str]:
     """Says what every figure shows and what is seen in it, by the name of its file."""
     metric, reference = score_name(analyses), analyses[0]
     lines = f"Dotted lines: phase boundaries after layers {', '.join(map(str, boundaries))}. " if boundaries else ""
     bands = "Bands: one standard deviation over images. "
     size = reference.perturbation.sizes[len(reference.perturbation.sizes) // 2]
+    angles = reference.class_angles
+    num_compared = "" if angles is None else f", of {angles.within.num_images} images"
     result = {
         "directions.png": "Directions x / ||x|| of cls, registers and patches: cosine to the final state, turn per "
         f"layer, second difference, and cosine of successive updates. {bands}{lines}"
@@ -296,11 +304,14 @@ def captions(analyses: Sequence[Analysis], boundaries: Sequence[int]) -> dict[st
         "motion.png": "The states themselves: norm, relative size of the update, second difference, cosine of "
         f"successive updates. {bands}{lines}" + _each(analyses, _seen_motion),
         "ranks.png": "In how many directions a layer moves its tokens. Left, of each image; middle, of all images "
-        f"together; right, coherence of the patches and the spectrum. {bands}{lines}" + _each(analyses, _seen_ranks),
+        "together; right, coherence of the patches and the spectrum. Ranks and spectrum are those of "
+        f"{_every(rank_stride)}, {reference.spectra.stable_rank['raw'].num_images} in number. {bands}{lines}"
+        + _each(analyses, _seen_ranks),
         "epsilon.png": "Distance of the student's states from the teacher's, relative and absolute, and cosines by "
         f"kind of token. {lines}" + _each([a for a in analyses if a.fidelity is not None], _seen_epsilon),
         "class_angles.png": f"Angles between images of one class (solid) and of different classes (dashed), and the "
-        f"silhouette. {lines}" + _each(analyses, lambda a: judge_basins(a, reference, Thresholds()).evidence),
+        f"silhouette{num_compared}. {lines}"
+        + _each(analyses, lambda a: judge_basins(a, reference, Thresholds()).evidence),
         "projection.png": "Directions of the mean patch of a sample of images, from the embeddings (star: their mean) "
         "to the last layer (dots), coloured by class; a student is drawn in the teacher's plane.",
         "perturbation.png": f"Above, angle between perturbed and unperturbed tokens over depth, for noise of {size:g} "
@@ -310,7 +321,7 @@ def captions(analyses: Sequence[Analysis], boundaries: Sequence[int]) -> dict[st
         + _each(analyses, lambda a: judge_self_correction(a, reference, Thresholds()).evidence),
         "edits.png": f"Layers replaced or swapped without retraining, {metric}. Above, each layer replaced by each "
         "other; squares are phases. Below, mean over all or a sample of edits, whiskers 95 % bootstrap intervals over "
-        "edits. " + _each(analyses, lambda a: judge_swap(a, reference, Thresholds()).evidence + ", one layer replaced"),
+        "edits. " + _each(analyses, lambda a: judge_swap(a, reference, Thresholds()).evidence),
         "dmd.png": "One linear map per phase, fitted on half of the images, on the other half: error of p steps, "
         "dotted the error of taking the state itself, grey the 0.02 of the literature; below, its eigenvalues and the "
         "unit circle. " + _each(analyses, _seen_dmd),
@@ -319,7 +330,7 @@ def captions(analyses: Sequence[Analysis], boundaries: Sequence[int]) -> dict[st
         "model's its own. Below, images stopped where cls has settled: score against the average number of steps, and "
         "the thresholds behind it. " + _each(analyses, _seen_depth),
     }
-    present = {"epsilon.png": any(a.fidelity for a in analyses), "class_angles.png": reference.class_angles is not None}
+    present = {"epsilon.png": any(a.fidelity for a in analyses), "class_angles.png": angles is not None}
     return {name: text for name, text in result.items() if present.get(name, True)}
 
 

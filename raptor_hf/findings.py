@@ -12,10 +12,10 @@ import numpy as np
 
 from .basins import ClassAngles
 from .dmd import DMDContinuation, DMDSpanErrors, SpanOperator
-from .dynamics import Dynamics, Result, SpeedJumps
+from .dynamics import MAX_PLACEMENTS, Dynamics, Result, SpeedJumps
 from .dynamics_figures import DEGREES
 from .extrapolation import EarlyExitResult, ExtrapolationResult
-from .interventions import EditResult, PerturbationResult
+from .interventions import EditResult, PerturbationResult, bootstrap_interval
 from .metrics import Fidelity
 from .spectra import Spectra
 
@@ -33,7 +33,8 @@ class Thresholds:
     contracting_share: float = 0.75  # of the layers
     silhouette: float = 0.25  # at the last layer, and above the embeddings
     linear_error: float = 0.02  # 1 - cos of p-step predictions
-    lost_score: float = 0.01  # of accuracy or agreement
+    lost_score: float = 0.01  # of accuracy or agreement, what counts as lost
+    lost_cosine: float = 0.02  # to the reference, from which on states are called drifting
     gamma_difference: float = 0.05  # from the reference's, mean over layers
     speed_difference: float = 5.0  # degrees per layer, likewise
 
@@ -49,7 +50,7 @@ class Analysis(Result):
         num_parameters: without heads.
         accuracy: on the analysed images, None without labels or classifier.
         jumps: test of speed jumps at phase boundaries by token group, empty without boundaries.
-        class_angles: None without labels.
+        class_angles: None without labels, or with too few images per class.
         fidelity: to the reference, None for the reference and for models that do not share its embeddings.
     """
 
@@ -116,8 +117,9 @@ def _criteria(t: Thresholds) -> list[tuple[str, str, Callable[[Analysis, Analysi
         ("registers are slow", "mean speed of registers below that of patches", _slow_registers),
         (
             "speed jumps at phases",
-            f"exact test over all placements of the boundaries, p <= {t.jump_p_value:g} for some kind of token",
-            _jumps,
+            f"test over all placements of the boundaries (or {MAX_PLACEMENTS} random ones), p <= {t.jump_p_value:g} / "
+            "number of kinds of tokens, as each is tested, for one of them",
+            judge_jumps,
         ),
         (
             "rank collapse",
@@ -142,7 +144,8 @@ def _criteria(t: Thresholds) -> list[tuple[str, str, Callable[[Analysis, Analysi
         ),
         (
             "swap within phases",
-            "replacing one layer within its phase keeps more than across, 95 % intervals apart",
+            "a layer is replaced better by one of its phase than by others: the difference is above 0 for most layers, "
+            f"and its mean over layers, the largest left out, at least {t.lost_score:g} with a 95 % interval above 0",
             judge_swap,
         ),
         (
@@ -152,8 +155,9 @@ def _criteria(t: Thresholds) -> list[tuple[str, str, Callable[[Analysis, Analysi
         ),
         (
             "stable beyond its depth",
-            f"at twice the steps, the last layer held, no more than {t.lost_score:.0%} is lost",
-            _extrapolates,
+            f"at twice the steps, the last layer held, no more than {t.lost_score:.0%} is lost, neither of the "
+            "accuracy nor of the agreement with the reference",
+            judge_extrapolation,
         ),
         (
             "same dynamics",
@@ -207,14 +211,15 @@ def _slow_registers(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
     return Verdict(speeds["registers"] < speeds["patches"] if "registers" in speeds else None, evidence)
 
 
-def _jumps(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
+def judge_jumps(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
+    """Whether speed jumps at phase boundaries."""
     if not a.jumps:
         return Verdict(None, "no phase boundary")
     parts = [
         f"{group} {DEGREES * jump.at_boundaries:.1f} against {DEGREES * jump.elsewhere:.1f} (p = {jump.p_value:.2f})"
         for group, jump in a.jumps.items()
     ]
-    holds = any(j.p_value <= t.jump_p_value for j in a.jumps.values())
+    holds = any(j.p_value <= t.jump_p_value / len(a.jumps) for j in a.jumps.values())
     return Verdict(holds, "change of speed in degrees, at boundaries against elsewhere: " + ", ".join(parts))
 
 
@@ -244,7 +249,7 @@ def _coherence(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
 def judge_basins(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
     """Whether images of a class end up in one direction."""
     if a.class_angles is None:
-        return Verdict(None, "no labels")
+        return Verdict(None, "no labels, or too few images per class")
     angles = a.class_angles
     first, last = float(angles.silhouette.mean[0, -1]), float(angles.silhouette.mean[-1, -1])
     within, between = (DEGREES * float(curve.mean[-1, -1]) for curve in (angles.within, angles.between))
@@ -271,18 +276,39 @@ def judge_self_correction(a: Analysis, reference: Analysis, t: Thresholds) -> Ve
 
 
 def judge_swap(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
-    """Whether layers of one phase stand in for each other better than those of others."""
+    """Whether layers of one phase stand in for each other better than those of others.
+
+    Edits of one layer are compared with each other: how much a model minds depends on the layer far more than on what
+    takes its place, and layers have different shares of substitutes within their phase.
+    """
     metric = score_name([a])
-    summary = a.edits.summary(metric)
-    try:
-        within, across = summary["replace", "within", 1], summary["replace", "across", 1]
-    except KeyError:
+    gaps = replacement_gaps(a.edits, metric)
+    if len(gaps) < 2:
         return Verdict(None, "the phases allow no comparison")
+    num_above, largest = sum(gap > 0 for gap in gaps.values()), max(gaps, key=gaps.get)
+    # one layer that nothing can stand in for would decide the mean of all
+    interval = bootstrap_interval([gap for layer, gap in gaps.items() if layer != largest])
     evidence = (
-        f"{metric} {within.mean:.3f} [{within.low:.3f}, {within.high:.3f}] within, "
-        f"{across.mean:.3f} [{across.low:.3f}, {across.high:.3f}] across"
+        f"{metric} within minus across, by layer replaced: above 0 for {num_above} of {len(gaps)}, largest "
+        f"{gaps[largest]:+.3f}, of layer {largest}; mean of the others {interval.mean:+.3f} "
+        f"[{interval.low:+.3f}, {interval.high:+.3f}]"
     )
-    return Verdict(within.low > across.high, evidence)
+    holds = num_above > len(gaps) / 2 and interval.low > 0 and interval.mean >= t.lost_score
+    return Verdict(holds, evidence)
+
+
+def replacement_gaps(edits: EditResult, metric: str) -> dict[int, float]:
+    """Mean score with a layer replaced by others of its phase minus that by layers of other phases, for every layer."""
+    scores: dict[int, dict[str, list[float]]] = {}
+    for edit, value in zip(edits.edits, getattr(edits, metric).mean.tolist(), strict=True):
+        if edit.kind == "replace" and edit.num_edits == 1:
+            ((layer, _),) = edit.pairs
+            scores.setdefault(layer, {"within": [], "across": []})[edit.relation].append(value)
+    return {
+        layer: float(np.mean(row["within"]) - np.mean(row["across"]))
+        for layer, row in sorted(scores.items())
+        if row["within"] and row["across"]
+    }
 
 
 def _linear(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
@@ -297,7 +323,8 @@ def _linear(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
     return Verdict(worst <= t.linear_error, "1 - cos in " + "; ".join(parts))
 
 
-def _extrapolates(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
+def judge_extrapolation(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
+    """Whether a model keeps its score at twice the steps; what becomes of its states is in the evidence."""
     metric = score_name([a])
     hold = next((r for r in a.extrapolation if r.pace == "hold"), None)
     num_layers = len(a.dynamics.angular_speed["patches"].mean)
@@ -305,12 +332,22 @@ def _extrapolates(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
         return Verdict(None, "not run for twice the steps")
     scores = getattr(hold, metric) or hold.cosine
     trained, twice = (float(scores.mean[hold.num_steps.index(n)]) for n in (num_layers, 2 * num_layers))
+    near, far = (float(hold.cosine.mean[hold.num_steps.index(n)]) for n in (num_layers, 2 * num_layers))
     speed = DEGREES * float(hold.last_speed.mean[hold.num_steps.index(2 * num_layers)])
     evidence = (
         f"{metric} {trained:.3f} at {num_layers} steps, {twice:.3f} at {2 * num_layers}, "
-        f"where the tokens still turn by {speed:.1f} degrees per step"
+        f"where the tokens still turn by {speed:.1f} degrees per step; "
+        f"cosine to the reference's final states {near:.3f} and {far:.3f}"
     )
-    return Verdict(twice >= trained - t.lost_score, evidence)
+    # accuracy at chance is kept by any prediction
+    kept = scores if hold.agreement is None else hold.agreement
+    before, after = (float(kept.mean[hold.num_steps.index(n)]) for n in (num_layers, 2 * num_layers))
+    if kept is not scores:
+        evidence += f", agreement with its predictions {before:.3f} and {after:.3f}"
+    holds = twice >= trained - t.lost_score and after >= before - t.lost_score
+    if holds and far < near - t.lost_cosine:
+        evidence += " (stable prediction, drifting state)"
+    return Verdict(holds, evidence)
 
 
 def _same(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:

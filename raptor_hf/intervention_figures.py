@@ -10,7 +10,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .dmd import DMDSpanErrors, SpanOperator
 from .dynamics_figures import DEGREES, STYLES, _add_legend, _draw_boundaries, _saved
@@ -47,8 +47,10 @@ def plot_perturbation(
             axes.plot(range(len(angles)), angles, color=colors.to_rgba(layer), linewidth=1.3)
             axes.plot(layer, angles[layer], ".", color=colors.to_rgba(layer), markersize=7)
         axes.set(title=name, xlabel="layer", yscale="log")
-        for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        # often less than a decade: powers of ten alone would be one tick or none
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
         _draw_boundaries(axes, boundaries)
     for axes in grid[0, len(results) :]:
         axes.set_visible(False)
@@ -100,7 +102,7 @@ def plot_edits(
     figure = Figure(figsize=(3.6 * num_columns + 0.8, 7.2), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     panels = upper.subplots(1, num_columns, squeeze=False)[0]
-    low = min(unit * float(getattr(result, metric).min()) for result in results.values())
+    low = min(unit * float(getattr(result, metric).mean.min()) for result in results.values())
     image = None
     for axes, (name, result) in zip(panels, results.items(), strict=False):
         image = _draw_replacements(axes, result, partition, metric, (max(0.0, low) if unit == 100 else low, unit), unit)
@@ -149,7 +151,7 @@ def _draw_replacements(
     axes: Axes, result: EditResult, partition: Partition, metric: str, limits: tuple[float, float], unit: float
 ):
     values = np.full((partition.num_layers, partition.num_layers), np.nan)
-    for edit, value in zip(result.edits, getattr(result, metric).tolist(), strict=True):
+    for edit, value in zip(result.edits, getattr(result, metric).mean.tolist(), strict=True):
         if edit.kind == "replace" and edit.num_edits == 1:
             ((layer, substitute),) = edit.pairs
             values[layer - 1, substitute - 1] = unit * value

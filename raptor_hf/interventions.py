@@ -240,34 +240,37 @@ def _apply(num_layers: int, kind: str, pairs: Sequence[tuple[int, int]]) -> tupl
 
 @dataclass(frozen=True, eq=False)
 class EditResult(Result):
-    """What a model is worth with another order of layers; one value per edit.
+    """What a model is worth with another order of layers; curves (E,) over images, one value per edit.
 
     Attributes:
         edits: the edits, E of them.
-        cosine: mean over images and tokens of the cosine to the final states of the model as it is, (E,).
-        agreement: fraction of the model's own predictions that stay, (E,), None without a classifier.
-        accuracy: fraction of right predictions, (E,), None without a classifier or labels.
+        cosine: mean over tokens of the cosine to the final states of the model as it is.
+        agreement: fraction of the model's own predictions that stay, None without a classifier.
+        accuracy: fraction of right predictions, None without a classifier or labels.
     """
 
     edits: list[LayerEdit]
-    cosine: Tensor
-    agreement: Tensor | None
-    accuracy: Tensor | None
+    cosine: Curve
+    agreement: Curve | None
+    accuracy: Curve | None
 
     def to_dict(self) -> dict:
-        """Returns one entry per edit."""
-        scores = {name: getattr(self, name) for name in ("cosine", "agreement", "accuracy")}
+        """Returns one entry per edit, with mean and standard deviation over images of every score."""
+        curves = {name: getattr(self, name) for name in ("cosine", "agreement", "accuracy")}
+        scores = {name: curve.mean for name, curve in curves.items() if curve is not None}
+        scores |= {f"{name}_std": curve.std for name, curve in curves.items() if curve is not None}
         return {
+            "num_images": self.cosine.num_images,
             "edits": [
                 {"kind": edit.kind, "relation": edit.relation, "pairs": [list(pair) for pair in edit.pairs]}
-                | {name: float(values[index]) for name, values in scores.items() if values is not None}
+                | {name: float(values[index]) for name, values in scores.items()}
                 for index, edit in enumerate(self.edits)
-            ]
+            ],
         }
 
     def summary(self, metric: str, seed: int = 0) -> dict[tuple[str, str, int], "Interval"]:
         """Returns mean and 95 % interval over the edits of every (kind, relation, num_edits)."""
-        values = getattr(self, metric)
+        values = getattr(self, metric).mean
         kinds: dict[tuple[str, str, int], list[float]] = {}
         for edit, value in zip(self.edits, values.tolist(), strict=True):
             kinds.setdefault((edit.kind, edit.relation, edit.num_edits), []).append(value)
@@ -320,9 +323,9 @@ class EditExperiment(MomentAccumulator):
         """
         return EditResult(
             self.edits,
-            self.curve("cosine").mean,
-            self.curve("agreement").mean if self.has_seen("agreement") else None,
-            self.curve("accuracy").mean if self.has_seen("accuracy") else None,
+            self.curve("cosine"),
+            self.curve("agreement") if self.has_seen("agreement") else None,
+            self.curve("accuracy") if self.has_seen("accuracy") else None,
         )
 
 

@@ -22,6 +22,7 @@ from .dynamics import (
     Result,
     check_states,
     directions,
+    in_float64,
     layer_first_chunks,
 )
 
@@ -98,9 +99,9 @@ class SpectrumAccumulator(MatrixAccumulator):
             for index, kind in enumerate(KINDS):
                 if kind == "angular":
                     x = directions(x)
-                update = x[1:] - x[:-1]
+                update = in_float64(x[1:] - x[:-1])
                 flat = update.flatten(1, 2)
-                pooled[index] += (flat.mT @ flat).to(pooled.device)
+                pooled[index] += flat.mT @ flat
                 self._add_ranks(kind, update)
 
     def _add_ranks(self, kind: str, update: Tensor) -> None:
@@ -119,8 +120,7 @@ class SpectrumAccumulator(MatrixAccumulator):
         curves = {
             rank: {kind: self._ranks.curve(f"{rank}.{kind}") for kind in KINDS} for rank in ("stable", "effective")
         }
-        # the products were made in float32, so that is the rounding to look out for
-        singular = dict(zip(KINDS, singular_values(self._matrices(), self.hidden_size, torch.float32), strict=True))
+        singular = dict(zip(KINDS, singular_values(self._matrices(), self.hidden_size), strict=True))
         return Spectra(
             stable_rank=curves["stable"],
             effective_rank=curves["effective"],
@@ -130,17 +130,16 @@ class SpectrumAccumulator(MatrixAccumulator):
         )
 
 
-def singular_values(gram: Tensor, size: int, precision: torch.dtype | None = None) -> Tensor:
+def singular_values(gram: Tensor, size: int) -> Tensor:
     """Returns the singular values of matrices from their Gram matrices, descending.
 
     Args:
-        gram: (..., n, n), symmetric, positive semi-definite.
+        gram: (..., n, n), symmetric, positive semi-definite; best in float64, see `in_float64`.
         size: larger side of the matrices; as in a numerical rank, an eigenvalue below `size` times the rounding error
             of the largest is rounding, and counts as 0.
-        precision: in which the Gram matrices were computed; None is their own.
     """
     eigenvalues = torch.linalg.eigvalsh(gram).flip(-1)
-    floor = size * torch.finfo(precision or gram.dtype).eps * eigenvalues[..., :1].clamp(min=0)
+    floor = size * torch.finfo(gram.dtype).eps * eigenvalues[..., :1].clamp(min=0)
     return torch.where(eigenvalues > floor, eigenvalues, 0.0).clamp(min=0).sqrt()
 
 

@@ -420,18 +420,26 @@ class Teacher(nn.Module):
         return layer_to_raptor(self.model.get_submodule(family.layers)[layer - 1], family.block_parts)
 
 
-def untrained(teacher: Teacher, seed: int = 0) -> Teacher:
-    """A model of a teacher's shape with weights as before training, without a classifier: what it is compared with.
+def untrained(teacher: Teacher, seed: int = 0, with_classifier: bool = False) -> Teacher:
+    """A model of a teacher's shape with weights as before training: what it is compared with.
 
     Args:
-        teacher: whose configuration is used.
+        teacher: whose configuration, precision and device are used.
         seed: of the weights.
+        with_classifier: gives it a classifier if the teacher has one, on the same tokens.
     """
+    weight = next(teacher.model.parameters())
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = type(teacher.model)(copy.deepcopy(teacher.model.config))
-    device = next(teacher.parameters()).device
-    return Teacher(model.to(device), name=f"untrained {teacher.name}", layers=teacher.layers)
+        model = type(teacher.model)(copy.deepcopy(teacher.model.config)).to(weight)
+        fresh = Teacher(model, name=f"untrained {teacher.name}", layers=teacher.layers)
+        if with_classifier and teacher.classifier is not None:
+            # not the family's class with a head: that of CLIP takes text, too, and that of DeiT may have two heads
+            head = nn.Linear(teacher.classifier.in_features, teacher.classifier.out_features)
+            nn.init.trunc_normal_(head.weight, std=0.02)  # as nearly all families do, not all by their configuration
+            nn.init.zeros_(head.bias)
+            fresh.classifier = head.to(weight).requires_grad_(False).eval()
+    return fresh
 
 
 # with gradients: FlopCounterMode fails on views of parameters that are made without

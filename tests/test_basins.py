@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from sklearn.metrics import silhouette_samples
 
-from raptor_hf.basins import Reservoir, class_angles, image_key, principal_plane, summaries
+from raptor_hf.basins import Reservoir, class_angles, has_class_pairs, image_key, principal_plane, summaries
 
 
 def bundles(apart, spread, per_class=20, layers=3):
@@ -72,6 +72,9 @@ def test_images_alone_in_their_class_are_left_out():
     torch.testing.assert_close(more.between.mean, class_angles(vectors, labels).between.mean)
     with pytest.raises(ValueError, match="labels has 1 classes with two or more images"):
         class_angles(vectors, torch.zeros(13))
+    for few in (None, torch.zeros(13), torch.arange(13), torch.tensor([0, 0, 1])):
+        assert not has_class_pairs(few)
+    assert has_class_pairs(torch.tensor([0, 1, 0, 1, 2]))
 
 
 def test_summaries_are_cls_and_the_mean_of_the_patches():

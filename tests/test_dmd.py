@@ -82,6 +82,17 @@ def test_a_space_that_the_states_do_not_fill_is_no_trouble():
     torch.testing.assert_close(roll_out(states[:, 0], operator), states[:, 4])
 
 
+@pytest.mark.parametrize("ridge", [0.0, 1e-6])
+def test_float32_states_have_dynamics_in_the_directions_they_fill_alone(ridge):
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(36, 8, dtype=torch.float64, generator=generator))[0]
+    decays = torch.linspace(0.3, 0.95, 8, dtype=torch.float64)
+    states = linear_trajectory([torch.diag(decays)] * 3, batch=9, tokens=40) @ basis.T
+    (operator,) = fit(states.float(), [(0, 3)], ridge=ridge)
+    np.testing.assert_allclose(sorted(operator.eigenvalues.real), decays, 1e-4)
+    torch.testing.assert_close(roll_out(states[:, 0], operator), states[:, 3], rtol=1e-3, atol=1e-4)
+
+
 def test_errors_are_those_of_a_loop():
     states = torch.randn(5, 6, 7, 4, dtype=torch.float64).cumsum(1)
     operators = fit(states, [(0, 1), (1, 5)])
@@ -150,6 +161,16 @@ def test_continuation_of_an_exact_operator_changes_nothing_and_of_another_what_i
     skipped = teacher.run_layers(states[:, 1], [3, 4])[:, -1]
     expected = 1 - torch.cosine_similarity(skipped, states[:, -1], dim=-1).mean()
     np.testing.assert_allclose(changed.identity_at_last.mean, expected, 1e-9)
+
+
+def test_linear_models_of_a_half_precision_model_are_applied_in_float32():
+    teacher = Teacher(tiny_dinov2(num_labels=3).to(torch.bfloat16))
+    states = teacher.trajectory(images(batch=3))
+    operators = fit(states, [(0, 4)], ridge=1e-3)
+    experiment = ContinuationExperiment(teacher, operators)
+    experiment.update(states)
+    expected = 1 - torch.cosine_similarity(roll_out(states[:, 0].float(), *operators), states[:, 4].float(), dim=-1)
+    np.testing.assert_allclose(experiment.compute()[0].error_at_end.mean, expected.mean(), 1e-5)
 
 
 @pytest.mark.parametrize("spans", [[], [(2, 2)], [(-1, 2)]])

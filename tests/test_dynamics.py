@@ -214,6 +214,18 @@ def test_speed_jump_is_ranked_among_all_placements():
             speed_jumps(changes, boundaries)
 
 
+def test_jumps_of_a_deep_model_are_ranked_among_random_placements():
+    changes = torch.rand(39, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    largest = (changes.argsort(descending=True)[:19] + 1).tolist()
+    best = speed_jumps(changes, largest)  # one of 69 billion placements
+    assert 0 < best.p_value <= 1e-4 and best.at_boundaries > best.elsewhere
+    shallow, boundaries = changes[:12], [3, 5, 11]
+    exact = speed_jumps(shallow, boundaries).p_value
+    assert 0.05 < exact < 0.95
+    assert speed_jumps(shallow, boundaries, max_placements=219).p_value == pytest.approx(exact, abs=0.12)
+    assert speed_jumps(shallow, boundaries, max_placements=220).p_value == exact
+
+
 def test_ranks_are_those_of_a_singular_value_decomposition():
     states = trajectory(batch=4)
     accumulator = SpectrumAccumulator(LAYERS, DIM)
@@ -266,6 +278,26 @@ def test_ranks_of_unequal_values_follow_their_formulas_and_nothing_has_rank_0():
     matrix = torch.randn(5, 3, dtype=torch.float64)
     torch.testing.assert_close(singular_values(matrix.T @ matrix, 5), torch.linalg.svdvals(matrix))
     assert stable_rank(torch.zeros(3)) == effective_rank(torch.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("singular", [torch.arange(1, 262.0) ** -1.5, torch.tensor([150.0] + [1.0] * 260)])
+def test_float32_states_of_a_wide_model_have_the_ranks_they_were_built_with(singular):
+    tokens, dim = 261, 768
+    generator = torch.Generator().manual_seed(0)
+    left, right = (
+        torch.linalg.qr(torch.randn(size, tokens, dtype=torch.float64, generator=generator))[0]
+        for size in (tokens, dim)
+    )
+    update = (left * singular) @ right.T
+    states = torch.stack([torch.zeros_like(update), update])[None].float()
+    accumulator = SpectrumAccumulator(1, dim)
+    accumulator.update(states)
+    result = accumulator.compute()
+    shares = (singular / singular.sum()).double().numpy()
+    expected = np.exp(-(shares * np.log(shares)).sum())
+    assert 10 < expected < 150
+    np.testing.assert_allclose(result.effective_rank["raw"].mean, expected, 1e-4)
+    np.testing.assert_allclose(result.pooled_effective_rank["raw"], expected, 1e-4)
 
 
 def test_image_stride_takes_every_so_many_images_across_batches():

@@ -278,6 +278,21 @@ def test_a_teacher_of_some_layers_and_an_untrained_one(family):
     assert fresh.shape == (2, 3, expected.shape[2], DIM) and not torch.allclose(fresh, expected[:, [0, 1, 4]])
 
 
+@pytest.mark.parametrize("family", WITH_CLASSIFIER)
+def test_an_untrained_model_may_have_a_classifier_on_the_same_tokens(family):
+    teacher = Teacher(tiny_vit(family, num_labels=3).to(torch.bfloat16))
+    before = torch.get_rng_state()
+    fresh, again = (untrained(teacher, seed=1, with_classifier=True) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert untrained(teacher).classifier is None
+    states = fresh.trajectory(images())
+    assert states.dtype == torch.bfloat16 and fresh.num_parameters == teacher.num_parameters
+    logits = fresh.logits(states[:, -1])
+    assert logits.shape == (2, 3) and not torch.allclose(logits, teacher.logits(states[:, -1]))
+    assert torch.equal(again.logits(again.trajectory(images())[:, -1]), logits)
+    assert not any(parameter.requires_grad for parameter in fresh.parameters())
+
+
 def test_layers_with_rotary_positions_become_no_block():
     teacher = Teacher(tiny_vit("dinov3_vit"))
     with pytest.raises(ValueError, match="'dinov3_vit' model cannot be copied into a RaptorBlock"):

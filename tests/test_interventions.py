@@ -159,12 +159,15 @@ def test_edited_models_score_what_a_loop_over_them_scores():
         last = teacher.run_layers(states[:, 0], edit.layers)[:, -1]
         predicted = teacher.logits(last).argmax(1)
         cosine = torch.cosine_similarity(last, states[:, -1], dim=-1).mean()
-        assert result.cosine[index] == pytest.approx(cosine.item(), rel=1e-9)
-        assert result.agreement[index] == pytest.approx((predicted == own).double().mean().item())
-        assert result.accuracy[index] == pytest.approx((predicted == labels).double().mean().item())
+        assert result.cosine.mean[index] == pytest.approx(cosine.item(), rel=1e-9)
+        assert result.agreement.mean[index] == pytest.approx((predicted == own).double().mean().item())
+        assert result.accuracy.mean[index] == pytest.approx((predicted == labels).double().mean().item())
+        spread = torch.cosine_similarity(last, states[:, -1], dim=-1).mean(1).std().item()
+        entry = result.to_dict()["edits"][index]
+        assert entry["cosine"] == result.cosine.mean[index] and entry["cosine_std"] == pytest.approx(spread, rel=1e-6)
     summary = result.summary("agreement")
     assert summary.keys() == {("replace", "across", 1), ("swap", "within", 1)}
-    chosen = result.agreement[:8]
+    chosen = result.agreement.mean[:8]
     assert summary["replace", "across", 1].mean == pytest.approx(chosen.mean().item())
     assert summary["replace", "across", 1].count == 8
 
