@@ -65,6 +65,7 @@ def launch(name: str, folder: Path, **environment: str) -> list[str]:
         "line = f'{accelerator.process_index} {total:.0f} {accelerator.device.type} {torch.get_num_threads()}'\n"
         "with open(f'{accelerator.process_index}.txt', 'w') as file:\n"
         "    file.write(line)\n"
+        "accelerator.end_training()\n"  # leaves the process group: one that is still open may abort at exit
     )
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{name}.yaml")]
