@@ -216,6 +216,14 @@ def test_metas_head_is_a_start(run, teacher, tmp_path):
     torch.testing.assert_close(head(folder)["classifier.weight"], start["weight"])
 
 
+def test_the_metric_that_counts_picks_the_best_epoch(run, teacher):
+    folder = run(teacher, metric="top5_accuracy", epochs=5)
+    result = json.loads((folder / "probe.json").read_text())
+    scores = [entry["top5_accuracy"] for entry in result["evaluations"][0]]
+    assert result["metric"] == "top5_accuracy" and result["best"]["top5_accuracy"] == [max(scores)]
+    assert result["best"]["epoch"] == [1 + scores.index(max(scores))]
+
+
 def test_augmented_images_are_seen_anew(run, teacher):
     plain, flipped = run(teacher, "plain"), run(teacher, "flipped", augment="crop_flip")
     assert not torch.equal(head(plain)["classifier.weight"], head(flipped)["classifier.weight"])
@@ -234,7 +242,7 @@ def test_dense_heads_join_the_student_and_run_in_a_pipeline(run, student, task):
     changes = SCENES | DENSE[task] | {"task": task, "learning_rate": 1e-2}
     run(student, pictures=True, **changes)
     record = json.loads((student / "metrics.json").read_text())["probes"][changes["variant"]]
-    metric = PROTOCOLS[task].metric
+    metric = next(iter(PROTOCOLS[task].metrics))
     assert record["metric"] == metric and len(record["last"][metric]) == 1 and record["num_images"] == 12
     assert (student / "figures" / f"probe-{changes['variant']}.png").read_bytes()[:4] == b"\x89PNG"
     auto_class = AutoModelForDepthEstimation if task == "depth-estimation" else AutoModelForSemanticSegmentation
@@ -286,6 +294,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_head(run, teacher, monkeypa
         ({"image_size": 7}, "multiple|patch"),
         ({"label_column": "name"}, "name"),
         ({"task": "depth-estimation", "augment": "crop_flip"}, "augment is"),
+        ({"metric": "f1"}, "metric is 'f1'; those of image-classification are accuracy, top5_accuracy"),
         ({"variant": "teacher"}, "variant is 'teacher'"),
         ({"quick_checks": True, "augment": "crop_flip"}, "quick_checks"),
         ({"quick_checks": True, "cache_gb": 0}, "cache_gb=0"),

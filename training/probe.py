@@ -47,6 +47,7 @@ from raptor_hf.loading import EpochOrder, ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import NYU_SIZE
 from raptor_hf.probing import (
     PROTOCOLS,
+    TOP5_CLASSES,
     Backbone,
     FeatureBank,
     Probe,
@@ -86,6 +87,7 @@ class ProbeSettings:
     model_revision: str | None = None
     num_layers: int | None = None  # of a teacher, the first ones; a compression baseline
     reinitialize: bool = False  # a teacher's weights, to see what training gave it
+    metric: str | None = None  # the one that counts, and picks the best epoch
     init_head: str | None = None  # "own" classifier, another variant, or a file in Meta's format
     # the images
     dataset_config: str | None = None
@@ -132,7 +134,8 @@ class ProbeSettings:
     override: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in {"seeds": [0], **PROTOCOLS[self.task].settings}.items():
+        metrics = PROTOCOLS[self.task].metrics
+        for name, value in {"seeds": [0], "metric": next(iter(metrics)), **PROTOCOLS[self.task].settings}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         positive = {"epochs", "batch_size", "learning_rate", "max_grad_norm", "eval_batch_size", "log_every"}
@@ -146,6 +149,8 @@ class ProbeSettings:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise ValueError(f"seeds is {self.seeds}; it must hold numbers from 0 on, each once")
         is_classification = self.task == "image-classification"
+        if self.metric not in metrics:
+            raise ValueError(f"metric is {self.metric!r}; those of {self.task} are {', '.join(metrics)}")
         if self.variant == "teacher":
             raise ValueError("variant is 'teacher', the name of the classifier that a student has of its teacher")
         if self.quick_checks and self.augment != "none":
@@ -267,6 +272,8 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
             f"warmup_steps is {settings.warmup_steps}; it must be below the {num_steps} steps that {settings.epochs} "
             f"epochs of {train_images.num_images} images make"
         )
+    if settings.metric == "top5_accuracy" and len(class_names) < TOP5_CLASSES:
+        raise ValueError(f"metric is 'top5_accuracy', which {len(class_names)} classes are too few for")
     if settings.quick_checks and not fits_cache(settings, accelerator, probe, train_images.num_images, image_size):
         raise ValueError(f"quick_checks need the features in memory, which cache_gb={settings.cache_gb} forbids")
     if backbone.folder is not None:
@@ -643,22 +650,23 @@ class Run:
 
 def describe_probe(run: Run) -> dict[str, Any]:
     """What metrics.json says under "probes" of this head."""
-    settings, protocol = run.settings, PROTOCOLS[run.settings.task]
+    settings, metric = run.settings, run.settings.metric
+    higher_is_better = PROTOCOLS[settings.task].metrics[metric]
     last = [evaluations[-1] for evaluations in run.evaluations]
-    pick = max if protocol.higher_is_better else min
-    best = [pick(evaluations, key=lambda evaluation: evaluation[protocol.metric]) for evaluations in run.evaluations]
+    pick = max if higher_is_better else min
+    best = [pick(evaluations, key=lambda evaluation: evaluation[metric]) for evaluations in run.evaluations]
     return {
         "task": settings.task,
         "dataset": settings.dataset,
         "dataset_config": settings.dataset_config,
         "split": settings.test_split,
         "num_images": run.inputs.num_test_images,
-        "metric": protocol.metric,
-        "higher_is_better": protocol.higher_is_better,
+        "metric": metric,
+        "higher_is_better": higher_is_better,
         "seeds": settings.seeds,
         "last": {name: [entry[name] for entry in last] for name in last[0] if name != "epoch"},
         # the best epoch is chosen on the very images it is reported for
-        "best": {name: [entry[name] for entry in best] for name in ("epoch", protocol.metric)},
+        "best": {name: [entry[name] for entry in best] for name in ("epoch", metric)},
         "epochs": settings.epochs,
         "steps": run.num_steps,
         "batch_size": settings.batch_size,
