@@ -93,25 +93,24 @@ class TrajectoryLoss:
         Returns:
             scalar, float32.
         """
-        error = student.float() - teacher.float()
-        if self.layer_scale is not None:
-            error = error / self.layer_scale[layer]
-        sizes = token_group_sizes(error.shape[1], self.num_registers, self.has_cls)
-        if self.kind == "frobenius":
-            return self._frobenius(error, sizes, weights)
+        student, teacher = student.float(), teacher.float()
+        sizes = token_group_sizes(student.shape[1], self.num_registers, self.has_cls)
+        distance = self._frobenius if self.kind == "frobenius" else nn.functional.mse_loss
         if weights is None:
-            return error.square().mean()
-        per_token = error.square().mean(dim=(0, 2))
-        weights = group_weights(weights, sizes)
-        groups = zip(per_token.split(sizes), weights, strict=True)
-        return sum(weight * tokens.mean() for tokens, weight in groups if weight)
+            loss = distance(student, teacher)
+        else:
+            # no difference of the states is kept for the gradient, only the states themselves, which are there anyway
+            groups = zip(student.split(sizes, 1), teacher.split(sizes, 1), group_weights(weights, sizes), strict=True)
+            loss = sum(weight * distance(own, target) for own, target, weight in groups if weight)
+        if self.layer_scale is None:
+            return loss
+        scale = self.layer_scale[layer]
+        return loss / (scale if self.kind == "frobenius" else scale.square())
 
     @staticmethod
-    def _frobenius(error: Tensor, sizes: tuple[int, int, int], weights: list[float] | None) -> Tensor:
-        if weights is None:
-            return error.flatten(1).norm(dim=1).mean()
-        groups = zip(error.split(sizes, dim=1), group_weights(weights, sizes), strict=True)
-        return sum(weight * tokens.flatten(1).norm(dim=1).mean() for tokens, weight in groups if weight)
+    def _frobenius(student: Tensor, teacher: Tensor) -> Tensor:
+        """Norm of the difference of each image, averaged over images."""
+        return (student - teacher).flatten(1).norm(dim=1).mean()
 
 
 def runs(layers: tuple[int, ...]) -> list[tuple[int, ...]]:

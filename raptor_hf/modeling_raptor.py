@@ -4,6 +4,7 @@ The patch embeddings and the final LayerNorm are those of the teacher; between t
 its phase. `hidden_states[0]` is the embedding, `hidden_states[l]` the state after step l, before the final LayerNorm.
 """
 
+import contextlib
 import math
 import shutil
 from collections.abc import Callable
@@ -194,40 +195,45 @@ class ScaleConditioner(nn.Module):
 class TableConditioner(nn.Module):
     """Base of the conditioners that keep one entry per layer of their block; between two layers, entries are mixed."""
 
+    # fields of StepModulation that tables of another name stand for
+    fields: dict[str, str] = {}
+
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__()
         self.layers = config.block_layers[block]
 
     def forward(self, depths: tuple[float, ...]) -> list[StepModulation]:
-        return [self.modulation(depth) for depth in depths]
+        entries = self.entries()
+        return [self.modulation(entries, depth) for depth in depths]
 
-    def modulation(self, depth: float) -> StepModulation:
+    def modulation(self, entries: list[StepModulation], depth: float) -> StepModulation:
         """The entry of `depth`; linear between the layers of the block, held at the first and the last."""
         above = min(sum(layer < depth for layer in self.layers), len(self.layers) - 1)
         if above == 0 or depth >= self.layers[above]:
-            return self.entry(above)
+            return entries[above]
         low, high = self.layers[above - 1], self.layers[above]
-        return self.mix(above - 1, above, (depth - low) / (high - low))
+        return self.mix(entries[above - 1], entries[above], (depth - low) / (high - low))
 
-    def entry(self, index: int) -> StepModulation:
-        raise NotImplementedError
+    def entries(self) -> list[StepModulation]:
+        """One per layer, each table unbound once: row by row, every row's gradient would be as large as its table."""
+        tables = {self.fields.get(name, name): table.unbind() for name, table in self.named_parameters()}
+        return [StepModulation(**dict(zip(tables, rows, strict=True))) for rows in zip(*tables.values(), strict=True)]
 
-    def mix(self, low: int, high: int, weight: float) -> StepModulation:
+    def mix(self, low: StepModulation, high: StepModulation, weight: float) -> StepModulation:
         raise NotImplementedError
 
 
 class EmbeddingConditioner(TableConditioner):
     """`"embedding"`: a learned vector per layer index, added to the block's input. Zero at the start."""
 
+    fields = {"depth_embeddings": "input_shift"}
+
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__(config, block)
         self.depth_embeddings = nn.Parameter(torch.zeros(config.block_repeats[block], config.hidden_size))
 
-    def entry(self, index: int) -> StepModulation:
-        return StepModulation(input_shift=self.depth_embeddings[index])
-
-    def mix(self, low: int, high: int, weight: float) -> StepModulation:
-        return StepModulation(input_shift=torch.lerp(self.depth_embeddings[low], self.depth_embeddings[high], weight))
+    def mix(self, low: StepModulation, high: StepModulation, weight: float) -> StepModulation:
+        return StepModulation(input_shift=torch.lerp(low.input_shift, high.input_shift, weight))
 
 
 class LowRankConditioner(TableConditioner):
@@ -256,11 +262,8 @@ class LowRankConditioner(TableConditioner):
         for name in self.vectors:
             self.register_parameter(name, nn.Parameter(torch.zeros(steps, dim)))
 
-    def entry(self, index: int) -> StepModulation:
-        return StepModulation(**{name: table[index] for name, table in self.named_parameters()})
-
-    def mix(self, low: int, high: int, weight: float) -> StepModulation:
-        low_entry, high_entry = self.entry(low)._asdict(), self.entry(high)._asdict()
+    def mix(self, low: StepModulation, high: StepModulation, weight: float) -> StepModulation:
+        low_entry, high_entry = low._asdict(), high._asdict()
         mixed = {name: torch.lerp(low_entry[name], high_entry[name], weight) for name in self.vectors}
         for name in ("qkv", "ffn"):
             # side by side, the two factorisations multiply to exactly the mixture of the two products
@@ -287,12 +290,21 @@ class RaptorLinear(nn.Linear):
     ) -> torch.Tensor:
         if up is None:
             return nn.functional.linear(hidden_states, self.weight, self.bias)
-        if self.training:
+        if self.training and hidden_states.shape[:-1].numel() > self.in_features:
             # merged into the weight: one product for a whole batch, and one gradient for all three factors
             return nn.functional.linear(hidden_states, torch.addmm(self.weight, up, down), self.bias)
         # two thin products: cheaper for the few tokens of a small batch
         thin = nn.functional.linear(nn.functional.linear(hidden_states, down), up)
         return nn.functional.linear(hidden_states, self.weight, self.bias) + thin
+
+
+class RaptorBranchOutput(nn.Linear):
+    """The linear layer at the end of a branch; its rows can be multiplied by LayerScale for one call."""
+
+    def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        if scale is None:
+            return nn.functional.linear(hidden_states, self.weight, self.bias)
+        return nn.functional.linear(hidden_states, self.weight * scale[:, None], self.bias * scale)
 
 
 class RaptorLayerNorm(nn.LayerNorm):
@@ -307,22 +319,15 @@ class RaptorLayerNorm(nn.LayerNorm):
 
 
 class RaptorLayerScale(nn.Module):
-    """Residual connection with LayerScale: residual + gamma * (1 + gain) * branch_gain * branch."""
+    """LayerScale: gamma * (1 + gain) * branch_gain, (D,), what the output of a branch is multiplied by."""
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
         self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), float(config.layerscale_value)))
 
-    def forward(
-        self,
-        residual: torch.Tensor,
-        branch: torch.Tensor,
-        gain: torch.Tensor | None = None,
-        branch_gain: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    def forward(self, gain: torch.Tensor | None = None, branch_gain: torch.Tensor | None = None) -> torch.Tensor:
         scale = self.lambda1 if gain is None else torch.addcmul(self.lambda1, self.lambda1, gain)
-        scale = scale if branch_gain is None else scale * branch_gain
-        return torch.addcmul(residual, branch, scale)
+        return scale if branch_gain is None else scale * branch_gain
 
 
 class RaptorDropPath(nn.Module):
@@ -360,7 +365,7 @@ class RaptorQKV(RaptorLinear):
     """Projection to query, key and value, stacked in this order."""
 
 
-class RaptorAttentionOutput(nn.Linear):
+class RaptorAttentionOutput(RaptorBranchOutput):
     """Projection of the heads' outputs."""
 
 
@@ -383,6 +388,7 @@ class RaptorAttention(nn.Module):
         hidden_states: torch.Tensor,
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens, dim = hidden_states.shape
@@ -392,8 +398,13 @@ class RaptorAttention(nn.Module):
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.dropout if self.training else 0.0
-        context, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.proj(context.reshape(batch, tokens, dim)), weights
+        precise = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+        with torch.autocast("cpu", enabled=False) if precise else contextlib.nullcontext():
+            if precise:
+                # on CPUs the backward pass of attention in bfloat16 is many times slower than that in float32
+                query, key, value = query.float(), key.float(), value.float()
+            context, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.proj(context.reshape(batch, tokens, dim), scale), weights
 
 
 class RaptorMLP(nn.Module):
@@ -403,12 +414,16 @@ class RaptorMLP(nn.Module):
         super().__init__()
         self.fc1 = RaptorLinear(config.hidden_size, config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = RaptorBranchOutput(config.intermediate_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, up: torch.Tensor | None = None, down: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        up: torch.Tensor | None = None,
+        down: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states, up, down)))
+        return self.fc2(self.activation(self.fc1(hidden_states, up, down)), scale)
 
 
 class RaptorSwiGLU(nn.Module):
@@ -417,13 +432,17 @@ class RaptorSwiGLU(nn.Module):
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
         self.fc1 = RaptorLinear(config.hidden_size, 2 * config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = RaptorBranchOutput(config.intermediate_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, up: torch.Tensor | None = None, down: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        up: torch.Tensor | None = None,
+        down: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         gate, value = self.fc1(hidden_states, up, down).chunk(2, dim=-1)
-        return self.fc2(nn.functional.silu(gate) * value)
+        return self.fc2(nn.functional.silu(gate) * value, scale)
 
 
 class RaptorBlock(GradientCheckpointingLayer):
@@ -469,17 +488,27 @@ class RaptorBlock(GradientCheckpointingLayer):
         step = StepModulation(*modulation)
         if step.input_shift is not None:
             hidden_states = hidden_states + step.input_shift
+        # In training LayerScale goes into the weight before the branch's output, of which then nothing is kept for the
+        # gradient, if that is more than the weight; otherwise onto the output.
+        num_tokens = hidden_states.shape[:-1].numel()
+        fold = self.training and num_tokens > self.attention.proj.in_features
+        scale = self.layer_scale1(step.layer_scale1_gain, step.attention_gain)
         branch = self.norm1(hidden_states, step.norm1_gain, step.norm1_shift)
-        branch, weights = self.attention(branch, step.qkv_up, step.qkv_down, **kwargs)
-        hidden_states = self.layer_scale1(
-            hidden_states, self.drop_path(branch), step.layer_scale1_gain, step.attention_gain
-        )
+        branch, weights = self.attention(branch, step.qkv_up, step.qkv_down, scale if fold else None, **kwargs)
+        branch = self.drop_path(branch)
+        hidden_states = hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale)
+
+        fold = self.training and num_tokens > self.ffn.fc2.in_features
+        scale = self.layer_scale2(step.layer_scale2_gain, step.ffn_gain)
+        if fold and step.output_gain is not None:
+            scale = scale * step.output_gain
         branch = self.norm2(hidden_states, step.norm2_gain, step.norm2_shift)
-        branch = self.ffn(branch, step.ffn_up, step.ffn_down)
-        hidden_states = self.layer_scale2(hidden_states, self.drop_path(branch), step.layer_scale2_gain, step.ffn_gain)
-        if step.output_gain is not None:
-            hidden_states = hidden_states * step.output_gain
-        return hidden_states, weights
+        branch = self.drop_path(self.ffn(branch, step.ffn_up, step.ffn_down, scale if fold else None))
+        if step.output_gain is None:
+            return hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale), weights
+        if fold:
+            return torch.addcmul(branch, hidden_states, step.output_gain), weights
+        return torch.addcmul(hidden_states, branch, scale) * step.output_gain, weights
 
     _compiled_step = _compile_once(_step)
 

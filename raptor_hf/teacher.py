@@ -237,7 +237,8 @@ class Teacher(nn.Module):
             nonlocal states, num_calls
             state = _first(output)
             if states is None:
-                states = state.new_empty(state.shape[0], self.num_layers + 1, *state.shape[1:])
+                # layer by layer, as they are written and read
+                states = state.new_empty(self.num_layers + 1, *state.shape).transpose(0, 1)
             if num_calls in places:
                 states[:, places[num_calls]] = state
             num_calls += 1
