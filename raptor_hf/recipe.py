@@ -13,6 +13,7 @@ A loop uses them like this:
             accelerator.log(record, step=step + 1)
 """
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -22,7 +23,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ class IntervalLog:
 
     Attributes:
         history: one JSON-able record per interval: step, the mean of each loss, lr, images_per_second, and seconds, the
-            time spent in the loop so far, earlier sessions included.
+            time spent in the loop so far, earlier sessions included, what was done while `paused` left out.
     """
 
     def __init__(self, accelerator: Accelerator, *, num_steps: int, images_per_step: int, log_every: int):
@@ -171,13 +172,29 @@ class IntervalLog:
         self._restart_clock()
         return record
 
+    @property
+    def seconds(self) -> float:
+        """Time spent in the loop until now, as in `history`."""
+        return self._seconds + time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for something that is no training, such as an evaluation."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # the steps so far may still be under way
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - began
+
     def state_dict(self) -> dict[str, Any]:
         """Return history and interval under way as JSON, for a checkpoint. Collective: all processes call it."""
         return {
             "history": list(self.history),
             "sums": self._synchronize(),
             "counts": dict(self._counts),
-            "seconds": self._seconds + time.perf_counter() - self._start,
+            "seconds": self.seconds,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -264,7 +281,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
             continue  # raptor_hf run from its sources
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "versions": versions}
-    return {"device": f"{_processor_name()}, {torch.get_num_threads()} threads", "versions": versions}
+    threads = torch.get_num_threads()
+    device = f"{_processor_name()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return {"device": device, "versions": versions}
 
 
 def _processor_name() -> str:

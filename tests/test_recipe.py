@@ -249,11 +249,13 @@ def test_json_refuses_what_it_cannot_hold_and_leaves_the_file(tmp_path, wrong, m
     assert json.loads(path.read_text()) == {"good": 1} and list(tmp_path.iterdir()) == [path]
 
 
-def test_environment_is_device_and_versions_and_nothing_about_machine_or_user(monkeypatch):
+@pytest.mark.parametrize("num_threads, words", [(1, "1 thread"), (2, "2 threads")])
+def test_environment_is_device_and_versions_and_nothing_about_machine_or_user(monkeypatch, num_threads, words):
     monkeypatch.setattr(recipe, "_processor_name", lambda: "Some CPU @ 3 GHz")
+    monkeypatch.setattr(recipe.torch, "get_num_threads", lambda: num_threads)
     environment = describe_environment(torch.device("cpu"))
     assert environment.keys() == {"device", "versions"}
-    assert environment["device"] == f"Some CPU @ 3 GHz, {torch.get_num_threads()} threads"
+    assert environment["device"] == f"Some CPU @ 3 GHz, {words}"
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["versions"]["python"] == platform.python_version()
     assert {"transformers", "accelerate", "datasets"} <= environment["versions"].keys()

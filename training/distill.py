@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedType, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
@@ -213,7 +213,9 @@ def main() -> None:
         input_noise=settings.input_noise,
     )
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=has_fused_adamw(accelerator)
+    )
     task, optimizer = accelerator.prepare(task, optimizer)
 
     run = Run(settings, accelerator, teacher, task, optimizer, test_images, processor)
@@ -402,6 +404,11 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
     return student.train()
 
 
+def has_fused_adamw(accelerator: Accelerator) -> bool:
+    """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
+    return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP
+
+
 def block_parameters(student: nn.Module, block: int) -> list[nn.Parameter]:
     """Weights of one block and its conditioner."""
     encoder = student.base_model.encoder
@@ -499,10 +506,16 @@ class Run:
                 accelerator.log(record, step=offset + step + 1)
             last = self.step == num_steps
             if settings.eval_every and (self.step % settings.eval_every == 0 or last):
-                metrics = self.evaluate(settings.eval_images)
-                self.evaluations.append({"stage": stage, "step": self.step, "r2": metrics["fidelity"]["r2"]})
+                with self.log.paused():
+                    fidelity = self.evaluate(settings.eval_images)["fidelity"]
+                scores = {name: fidelity[name] for name in ("r2", "agreement", "student_accuracy")}
+                self.evaluations.append({"stage": stage, "step": self.step, "seconds": self.seconds(stage), **scores})
             if self.step % settings.checkpoint_every == 0 or last:
                 self.save(offset)
+
+    def seconds(self, stage: int) -> float:
+        """Training time until now, of both stages."""
+        return self.log.seconds + (self.histories[1][-1]["seconds"] if stage == 2 and self.histories[1] else 0.0)
 
     def forcing(self, step: int) -> float:
         if self.settings.teacher_forcing == "anneal":
