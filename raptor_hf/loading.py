@@ -352,10 +352,15 @@ class _Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, positions: range) -> Batch:
         dataset = self.reader.images.dataset
+        indices = list(positions if self.order is None else map(self.order, positions))
+        # all at once: where images are small, asking for a row takes longer than what there is to read
+        rows = dict(zip(positions, zip(dataset.__getitems__(indices), indices, strict=True), strict=True))
         if self.order is None:
-            return self.reader.sifted((dataset[index], index) for index in positions)
+            return self.reader.sifted(rows.values())
 
         def row_at(position: int) -> tuple[dict[str, Any], int]:
+            if position in rows:
+                return rows[position]
             index = self.order(position)
             return dataset[index], index
 
