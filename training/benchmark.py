@@ -1,118 +1,236 @@
-"""Benchmark: a Raptor beside the DINOv2 of the same shape, alternately in one process; ratios, not absolute times.
+"""Benchmark: what this package costs beside what else does the job, as ratios of two things that run alternately.
 
-    python training/benchmark.py                              # ViT-S/14 at 224 px, batch 1 and 8, all cores
-    python training/benchmark.py --size digits --batch_sizes 1 8 64 --repeats 50
+    python training/benchmark.py                                  # everything, on this machine's CPU, about 40 minutes
+    python training/benchmark.py --parts training --sizes digits  # one part; the page keeps what others found
+    python training/benchmark.py --device cuda --dtypes float32 bfloat16 --output_dir runs/benchmark_gpu
 
-Prints a table and writes training/results/benchmark/forward_SIZE.json: median time of either model, the median of the
-ratio pair by pair with its quartiles, and what importing raptor_hf adds to importing transformers' DINOv2.
+Parts: "forward", students against transformers' own DINOv2 with registers; "training", a step against the plain loop
+of reference_loop.py; "growth" of a step with its sizes; "input", the loader against what a step eats. Each writes
+a JSON file to output_dir, and all of them together README.md there. Time to fidelity is a study of its own:
+training/configs/time_to_fidelity_*.yaml.
 """
 
-import subprocess
-import sys
-import time
+import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
+import benchmark_forward
+import benchmark_report
+import benchmark_training
 import torch
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from benchmark_growth import GROWTH, StepShape, growth, phase_growth, process_scaling
+from benchmark_input import estimated_rate, input_pipeline
+from benchmark_training import SHAPES, TrainingCase
 
-from raptor_hf import RaptorConfig, RaptorModel
+from raptor_hf.benchmarking import count_flops, matmul_peak, memory_bandwidth
+from raptor_hf.checkpoint import write_text_atomically
 from raptor_hf.recipe import describe_environment, write_json
 from raptor_hf.settings import parse_settings, user_errors
 
-SHAPES = {
-    "digits": dict(hidden_size=96, num_attention_heads=3, image_size=8, patch_size=2, num_register_tokens=2),
-    "vits14": dict(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14),
-    "vitb14": dict(hidden_size=768, num_attention_heads=12, image_size=224, patch_size=14),
-}
+logger = logging.getLogger("benchmark")
+
+# bf16 without sparsity, as the vendor states it; for the estimate of what a GPU eats
+H100_PEAK = 989e12
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is measured; weights are random, which does not change the speed."""
+    """What is measured."""
 
-    size: Literal["digits", "vits14", "vitb14"] = "vits14"
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
-    conditionings: list[str] = field(default_factory=lambda: ["none", "low_rank", "scale"])
-    repeats: int = 15
-    warmup: int = 3
+    parts: list[str] = field(default_factory=lambda: ["forward", "training", "growth", "input"])
+    sizes: list[str] = field(default_factory=lambda: list(SHAPES))
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64])
+    dtypes: list[str] = field(default_factory=lambda: ["float32"])  # on a GPU also bfloat16
     device: str = "cpu"
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_threads: int | None = None  # of PyTorch on the CPU; all cores unless given
+    repeats: int = 15
+    warmup: int = 2
+    max_call_seconds: float = 15.0  # a size and batch whose single call would take longer is left out, and said to be
+    max_row_seconds: float = 60.0  # fewer repeats, at least 3, where a row would take longer
+    data: str = "data"  # folder of the parquet files for the input pipeline
     output_dir: str = "training/results/benchmark"
 
     def __post_init__(self) -> None:
         if self.repeats < 3 or self.warmup < 1:
             raise ValueError(f"repeats is {self.repeats} and warmup {self.warmup}; they must be at least 3 and 1")
+        for name, known in (("parts", PARTS), ("sizes", SHAPES), ("dtypes", ("float32", "bfloat16"))):
+            values = getattr(self, name)
+            if not values or any(value not in known for value in values):
+                raise ValueError(f"{name} is {values}; it must hold some of {', '.join(known)}")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes is {self.batch_sizes}; it must hold numbers of at least 1")
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
 
 
 def main() -> None:
     settings = parse_settings(BenchmarkSettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
         device = torch.device(settings.device)
-        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-    dtype = getattr(torch, settings.dtype)
-    shape = SHAPES[settings.size]
-    teacher = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape)).to(device, dtype).eval()
-    result: dict[str, Any] = {"size": settings.size, "dtype": settings.dtype, "forward": []}
-    print(f"{'student':>16} {'batch':>5} {'teacher ms':>11} {'student ms':>11} {'ratio':>7}  quartiles")
-    for conditioning in settings.conditionings:
-        config = RaptorConfig.from_teacher(teacher.config, (7, 3, 2), depth_conditioning=conditioning)
-        student = RaptorModel(config).to(device, dtype).eval()
+        torch.zeros(1, device=device)
+        output_dir = Path(settings.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    for part in settings.parts:
+        logger.info("%s", part)
+        facts = {"num_threads": torch.get_num_threads(), **describe_environment(device)}
+        write_json(output_dir / f"{part}.json", PARTS[part](settings, device) | facts)
+    records = {part: json.loads(path.read_text()) for part in PARTS if (path := output_dir / f"{part}.json").exists()}
+    page = benchmark_report.page(records, fidelity_pages(output_dir))
+    write_text_atomically(output_dir / "README.md", page)
+    print(page)
+
+
+def fidelity_pages(output_dir: Path) -> list[str]:
+    """The studies of time to fidelity beside the benchmark, as links from its page."""
+    return sorted(path.parent.name for path in output_dir.glob("fidelity_*/table.md"))
+
+
+class Planner:
+    """Decides by FLOPs what is worth measuring, and how often.
+
+    Args:
+        settings: its limits.
+        device: whose matmul peak is measured.
+    """
+
+    def __init__(self, settings: BenchmarkSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.peaks = {name: matmul_peak(device, getattr(torch, name)) for name in settings.dtypes}
+        self.flops: dict[str, int] = {}
+        self.left_out: list[str] = []
+
+    def repeats(self, size: str, batch_size: int, dtype: str, passes: int, calls: int) -> int | None:
+        """How often to repeat a row of `calls` calls of `passes` forward passes each; None to leave it out."""
+        if size not in self.flops:
+            model, images = benchmark_forward.build(size, "teacher"), benchmark_forward.images_of(size, 1)
+            self.flops[size] = count_flops(lambda: model(images))
+        # overhead of small sizes, and operators that are no matrix products
+        seconds = 0.02 + 1.4 * passes * batch_size * self.flops[size] / self.peaks[dtype]
+        if seconds > self.settings.max_call_seconds:
+            self.left_out.append(f"{size}, batch {batch_size}, {dtype}: about {seconds:.0f} s a call")
+            return None
+        return int(min(self.settings.repeats, max(3, self.settings.max_row_seconds / (calls * seconds))))
+
+
+def run_forward(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    """Part 1: latency eager and compiled, memory, disk, start-up, compile time."""
+    planner = Planner(settings, device)
+    record: dict[str, Any] = {"forward": [], "memory": [], "disk_and_start": []}
+    for size in settings.sizes:
+        for dtype in settings.dtypes:
+            for batch_size in settings.batch_sizes:
+                repeats = planner.repeats(size, batch_size, dtype, 1, len(benchmark_forward.STUDENTS) + 1)
+                # compiling takes a minute per model: once per size, at the middle batch
+                for compiled in (False, True) if [batch_size] == sorted(settings.batch_sizes)[1:2] else (False,):
+                    if repeats is None:
+                        continue
+                    rows = benchmark_forward.compare_forward(
+                        size,
+                        batch_size,
+                        device=device,
+                        dtype=getattr(torch, dtype),
+                        compiled=compiled,
+                        repeats=repeats,
+                        warmup=settings.warmup,
+                    )
+                    for row in rows:
+                        log_row(row, f"{row['ratio']:.3f} of the teacher's time")
+                    record["forward"] += rows
+        batch_size = min(8, max(settings.batch_sizes))
+        memory = benchmark_forward.peak_memories(size, batch_size, device)
+        record["memory"].append({"size": size, "batch_size": batch_size, "bytes": memory})
+        record["disk_and_start"].append(benchmark_forward.disk_and_start(size, repeats=3))
+    record["compile"] = benchmark_forward.compile_seconds()
+    return record | {"left_out": planner.left_out}
+
+
+def run_training(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    """Part 2: training steps against the reference loop, and where their time goes."""
+    planner = Planner(settings, device)
+    rows, memory, profiles = [], [], []
+    for size in settings.sizes:
+        cases = []
         for batch_size in settings.batch_sizes:
-            size = shape["image_size"]
-            pixel_values = torch.randn(batch_size, 3, size, size, device=device, dtype=dtype)
-            times = alternate([teacher, student], pixel_values, settings)
-            ratios = np.percentile(times[1] / times[0], (25, 50, 75))
-            row = {
-                "student": f"mlp, {conditioning}",
-                "batch_size": batch_size,
-                "teacher_ms": float(np.median(times[0]) * 1e3),
-                "student_ms": float(np.median(times[1]) * 1e3),
-                "ratio": ratios[1],
-                "ratio_quartiles": [ratios[0], ratios[2]],
-            }
-            result["forward"].append(row)
-            print(
-                f"{row['student']:>16} {batch_size:>5} {row['teacher_ms']:>11.2f} {row['student_ms']:>11.2f} "
-                f"{ratios[1]:>7.3f}  {ratios[0]:.3f} to {ratios[2]:.3f}"
+            for dtype in settings.dtypes:
+                # teacher, student, and its backward pass, which costs two
+                if repeats := planner.repeats(size, batch_size, dtype, 4, 2):
+                    cases += [(case, repeats) for case in training_cases(size, batch_size, dtype, device)]
+        for case, repeats in cases:
+            row = benchmark_training.compare_training(case, repeats, settings.warmup)
+            log_row(row, f"{row['speedup']:.3f} times as fast as the reference, MFU {row['mfu']['ours']:.0%}")
+            rows.append(row)
+        if cases:
+            largest = cases[-1][0]
+            case = TrainingCase(size, largest.batch_size, "mlp", "2", device)
+            memory.append(
+                {"size": size, "batch_size": case.batch_size, "bytes": benchmark_training.peak_memories(case)}
             )
-    result["import_seconds_added"] = import_seconds("import raptor_hf") - import_seconds("")
-    print(f"importing raptor_hf adds {result['import_seconds_added']:.3f} s to importing transformers' DINOv2")
-    result |= {"repeats": settings.repeats, "threads": torch.get_num_threads(), **describe_environment(device)}
-    write_json(Path(settings.output_dir) / f"forward_{settings.size}.json", result)
+            profiles.append(benchmark_training.profile_step(case, steps=3))
+    bandwidth = memory_bandwidth(device)
+    return {
+        "training": rows,
+        "memory": memory,
+        "profiles": profiles,
+        "memory_bandwidth": bandwidth,
+        "left_out": planner.left_out,
+    }
 
 
-@torch.no_grad()
-def alternate(
-    models: list[Callable[[torch.Tensor], Any]], pixel_values: torch.Tensor, settings: BenchmarkSettings
-) -> np.ndarray:
-    """Seconds of every model in every repeat, (models, repeats), taken in turn so that drift meets all of them."""
-    times = np.zeros((len(models), settings.repeats))
-    for repeat in range(-settings.warmup, settings.repeats):
-        for index, model in enumerate(models):
-            began = time.perf_counter()
-            model(pixel_values)
-            if pixel_values.device.type == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 0:
-                times[index, repeat] = time.perf_counter() - began
-    return times
+def training_cases(size: str, batch_size: int, dtype: str, device: torch.device) -> list[TrainingCase]:
+    """What is compared at one size: stage 2 of both kinds of FFN, stage 1 of the published one, ours in bf16."""
+    autocast = None if dtype == "float32" else torch.bfloat16
+    case = partial(TrainingCase, size, batch_size, device=device)
+    cases = [case("mlp", "2", autocast=autocast), case("swiglu", "2", autocast=autocast)]
+    if batch_size > 1:
+        cases += [case("swiglu", stage, autocast=autocast) for stage in benchmark_training.STAGES if stage != "2"]
+    if autocast is None and device.type == "cpu":
+        cases.append(case("mlp", "2", autocast=torch.bfloat16))
+    if device.type == "cuda":
+        cases.append(case("mlp", "2", autocast=autocast, compile=True))
+    return cases
 
 
-def import_seconds(statement: str, repeats: int = 5) -> float:
-    """Least time of a fresh process to import transformers' DINOv2 and then run a statement; seconds of the latter."""
-    program = (
-        "import time, torch; from transformers import Dinov2WithRegistersModel, Dinov2WithRegistersConfig, AutoModel\n"
-        f"began = time.perf_counter()\n{statement}\nprint(time.perf_counter() - began)"
-    )
-    runs = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True) for _ in range(repeats)]
-    for run in runs:
-        if run.returncode:
-            raise RuntimeError(f"python -c failed: {run.stderr[-500:]}")
-    return min(float(run.stdout) for run in runs)
+def run_growth(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    """Part 4: how a step grows, phases, processes."""
+    return {
+        "growth": growth(StepShape(), GROWTH, device=device, repeats=min(5, settings.repeats), warmup=1),
+        "phases": phase_growth(),
+        "processes": process_scaling(),
+    }
+
+
+def run_input(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    """Part 5: the loader against the rate of a step here, and of one on a GPU, estimated."""
+    case = TrainingCase("vits14", 8, "mlp", "2", device)
+    row = benchmark_training.compare_training(case, 3, 1)
+    estimate = estimated_rate(H100_PEAK)
+    needed = {
+        "ViT-S/14 on this machine": row["images_per_second"]["ours"],
+        "ViT-B/14 on one H100, estimated": estimate["images_per_second"],
+    }
+    record = input_pipeline(settings.data, needed, device=device, repeats=min(5, settings.repeats))
+    return {"input": record, "estimate": estimate}
+
+
+def log_row(row: dict[str, Any], what: str) -> None:
+    """One line for a finished row."""
+    names = ("size", "batch_size", "student", "ffn_type", "stage", "precision")
+    logger.info("%s: %s", ", ".join(str(row[name]) for name in names if name in row), what)
+
+
+PARTS: dict[str, Callable[[BenchmarkSettings, torch.device], dict[str, Any]]] = {
+    "forward": run_forward,
+    "training": run_training,
+    "growth": run_growth,
+    "input": run_input,
+}
 
 
 if __name__ == "__main__":
