@@ -1,11 +1,13 @@
 """The zoo: the models that were trained here, one folder each in model_cards/, and their table in the README.
 
-    python training/zoo.py                                            # writes the table anew
+    python training/zoo.py                                            # writes the table anew, in seconds
     python training/zoo.py --add runs/digits_k3 --name digits-k3      # copies a run there first, with a card
 
 A run of distill.py goes in as publish.py would upload it, without private data, and without code: whoever has this
-repository has that. A run of train_teacher.py goes in the same way. The table stands between two comments in the README
-and comes from model_cards/*/metrics.json alone.
+repository has that. A run of train_teacher.py goes in the same way. The table stands between two comments in the
+README, with the command that makes each model below it. Rows of our models come from their metrics.json and
+resolved.yaml; those of the published students, which were not trained here, from training/configs/zoo.yaml and the
+configs that it names.
 """
 
 import getpass
@@ -14,20 +16,24 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from distill import DistillSettings, make_student, trial_partition
 from huggingface_hub import get_token
 from publish import Publication, is_hub_dataset, make_publication, read_json
 from safetensors import SafetensorError
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from raptor_hf.card_words import dataset_label
+from raptor_hf.card_words import dataset_label, describe_training
 from raptor_hf.checkpoint import write_text_atomically
 from raptor_hf.hub import PrivateData, check_private, collect_files
 from raptor_hf.settings import RESOLVED_FILE, parse_settings, user_errors
+from raptor_hf.teacher import Teacher, count_parameters
 from raptor_hf.teacher_card import make_teacher_card
 
 TEACHER_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "teacher.md"
@@ -35,8 +41,22 @@ TEACHER_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "teacher.md"
 OWN_LICENSE = "apache-2.0"
 BEGIN, END = "<!-- zoo: written by training/zoo.py -->", "<!-- end of zoo -->"
 # GitHub refuses files above 100 MB, and a clone should stay small
-MAX_WEIGHTS_BYTES = 20_000_000
-HEADER = "| model | what it is | data | accuracy | R², last layer | parameters | multiply-accumulates | weights |"
+MAX_WEIGHTS_BYTES = 12_000_000
+# fields of Row in the order of the table: title and alignment
+COLUMNS = {
+    "model": ("model", "---"),
+    "teacher": ("teacher", "---"),
+    "blocks": ("k (repeats)", "---"),
+    "data": ("data", "---"),
+    "parameters": ("parameters", "---:"),
+    "accuracy": ("accuracy", "---:"),
+    "retained": ("retained", "---:"),
+    "r2": ("R²", "---:"),
+    "cost": ("training", "---"),
+    "config": ("config", "---"),
+    "weights": ("weights", "---"),
+}
+UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,7 @@ class ZooSettings:
 
     cards_dir: str = "model_cards"
     readme: str = "README.md"
+    published: str = "training/configs/zoo.yaml"  # students that were not trained here
     add: str | None = None  # folder of a run of distill.py or train_teacher.py
     name: str | None = None  # of the new model's folder
     # as in publish.py; the first two are for students
@@ -59,6 +80,24 @@ class ZooSettings:
             raise ValueError(f"name is {self.name!r}; it must be made of small letters, digits, '.', '_' and '-'")
 
 
+@dataclass(frozen=True)
+class Row:
+    """One model: the command that makes it, and its cells of the table."""
+
+    command: str
+    model: str
+    data: str
+    config: str
+    weights: str
+    teacher: str = UNKNOWN
+    blocks: str = UNKNOWN
+    parameters: str = UNKNOWN
+    accuracy: str = UNKNOWN
+    retained: str = UNKNOWN
+    r2: str = UNKNOWN
+    cost: str = UNKNOWN
+
+
 def main() -> None:
     settings = parse_settings(ZooSettings)
     with user_errors():
@@ -66,7 +105,7 @@ def main() -> None:
             add_model(settings)
         readme = Path(settings.readme)
         text = readme.read_text(encoding="utf-8")
-        write_text_atomically(readme, with_table(text, make_table(Path(settings.cards_dir))))
+        write_text_atomically(readme, with_table(text, make_table(settings.cards_dir, settings.published)))
     print(f"wrote the table of the zoo into {readme}")
 
 
@@ -87,8 +126,8 @@ def add_model(settings: ZooSettings) -> Path:
     if is_teacher and (settings.teacher_run or settings.base_model):
         raise ValueError(f"teacher_run and base_model are for students; {run} is a run of train_teacher.py")
     private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), get_token())
-    make = make_teacher if is_teacher else make_student
-    publication = make(run, folder, private, settings)
+    gather = gather_teacher if is_teacher else gather_student
+    publication = gather(run, folder, private, settings)
     sizes = publication.sizes()
     weights = {path for path in sizes if path.endswith(".safetensors")}
     num_bytes = sum(sizes[path] for path in weights)
@@ -101,7 +140,7 @@ def add_model(settings: ZooSettings) -> Path:
     return folder
 
 
-def make_student(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
+def gather_student(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
     """The files of a run of distill.py, with a link to its teacher's card where that is in the zoo too."""
     card = Path(read_resolved(run)["teacher"]) / "README.md"
     in_zoo = card.is_file() and card.resolve().parents[1] == folder.resolve().parent
@@ -117,7 +156,7 @@ def make_student(run: Path, folder: Path, private: PrivateData, settings: ZooSet
     )
 
 
-def make_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
+def gather_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
     """The files of a run of train_teacher.py."""
     metrics, resolved = read_json(run / "metrics.json"), read_resolved(run)
     if not {"dataset", "num_layers"} <= resolved.keys():
@@ -179,47 +218,119 @@ def write_folder(folder: Path, files: dict[str, bytes | Path]) -> None:
     os.replace(temporary, folder)
 
 
-def make_table(cards_dir: Path) -> str:
-    """The table of all models, teachers first.
+def make_table(cards_dir: str | Path, published: str | Path) -> str:
+    """The table of all models, teachers first and the published students last, and the commands that make them.
+
+    Args:
+        cards_dir: of the models that were trained here.
+        published: file like training/configs/zoo.yaml.
 
     Raises:
-        FileNotFoundError: there is no model.
+        FileNotFoundError: there is no model, or no such file.
     """
-    folders = sorted(path.parent for path in cards_dir.glob("[!.]*/metrics.json"))
+    folders = sorted(path.parent for path in Path(cards_dir).glob("[!.]*/metrics.json"))
     if not folders:
         raise FileNotFoundError(f"{cards_dir} holds no model: no */metrics.json")
-    rows = sorted((make_row(folder) for folder in folders), key=lambda row: (not row["is_teacher"], row["cells"][0]))
-    align = "|---|---|---|---:|---:|---:|---:|---|"
-    return "\n".join([HEADER, align, *("| " + " | ".join(row["cells"]) + " |" for row in rows)])
+    folders.sort(key=is_student)
+    rows = [student_row(folder) if is_student(folder) else teacher_row(folder) for folder in folders]
+    rows += published_rows(Path(published))
+    titles, alignments = zip(*COLUMNS.values(), strict=True)
+    lines = [titles, alignments, *([getattr(row, name) for name in COLUMNS] for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    commands = "\n".join(row.command for row in rows)
+    said = "The command of every row, in the same order (PATH: where its images are):"
+    return f"{table}\n\n{said}\n\n```bash\n{commands}\n```"
 
 
-def make_row(folder: Path) -> dict[str, Any]:
-    """One model: a student by what distill.py and probe.py wrote, a teacher by train_teacher.py."""
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    settings = yaml.safe_load((folder / "resolved.yaml").read_text(encoding="utf-8"))
-    fidelity = metrics.get("fidelity")
-    parameters, macs = metrics.get("parameters"), metrics.get("macs") or {}
-    if fidelity is None:
-        what = f"teacher, {settings['num_layers']} layers"
-        accuracy, r2 = metrics.get("accuracy"), None
-    else:
-        repeats = [len(layers) for layers in metrics["blocks"]]
-        count = f"{len(repeats)} block{'s' if len(repeats) > 1 else ''}"
-        what = f"student of {Path(metrics['teacher']['name']).name}, {count} ({'+'.join(map(str, repeats))})"
-        accuracy, r2 = fidelity.get("student_accuracy"), fidelity["r2"][-1]
-        parameters = (parameters or {}).get("student")
-    has_weights = any(folder.glob("*.safetensors"))
-    cells = [
-        f"[{folder.name}]({folder.as_posix()}/README.md)",
-        what,
-        str(dataset_label(settings["dataset"])),
-        "-" if accuracy is None else f"{accuracy * 100:.1f} %",
-        "-" if r2 is None else f"{r2:.3f}",
-        _millions(parameters),
-        _millions(macs.get("student")),
-        "here" if has_weights else "not here",
-    ]
-    return {"is_teacher": fidelity is None, "cells": cells}
+def teacher_row(folder: Path) -> Row:
+    """A teacher, by what train_teacher.py wrote."""
+    metrics, settings = read_json(folder / "metrics.json"), read_resolved(folder)
+    return Row(
+        **_row_of_folder(folder, metrics, settings, "train_teacher.py"),
+        blocks=f"{settings['num_layers']} layers",
+        parameters=_millions(metrics.get("parameters")),
+        accuracy=_percent(metrics.get("accuracy")),
+    )
+
+
+def student_row(folder: Path) -> Row:
+    """A student, by what distill.py wrote; its accuracy is that with the teacher's classifier, untouched."""
+    metrics, settings = read_json(folder / "metrics.json"), read_resolved(folder)
+    fidelity, parameters = metrics["fidelity"], metrics.get("parameters") or {}
+    accuracy, r2 = fidelity.get("student_accuracy"), fidelity["r2"][-1]
+    return Row(
+        **_row_of_folder(folder, metrics, settings, "distill.py"),
+        teacher=Path(metrics["teacher"]["name"]).name,
+        blocks=_blocks([len(layers) for layers in metrics["blocks"]]),
+        parameters=_millions(parameters.get("student"), parameters.get("teacher")),
+        accuracy=_percent(accuracy),
+        retained=_retained(accuracy, fidelity.get("teacher_accuracy")),
+        r2=UNKNOWN if r2 is None else f"{r2:.3f}",
+    )
+
+
+def _row_of_folder(folder: Path, metrics: dict[str, Any], settings: dict[str, Any], script: str) -> dict[str, str]:
+    """The cells that teachers and students have alike; the command repeats the run with the settings that it left."""
+    data, config = dataset_label(settings["dataset"]), (folder / RESOLVED_FILE).as_posix()
+    elsewhere = "" if data == settings["dataset"] else " --dataset PATH"
+    training = describe_training(metrics, settings)
+    steps = sum(settings.get(key) or 0 for key in ("stage1_steps", "stage2_steps", "steps"))
+    cost = (f"{steps:,} steps" if steps else None, training["total"], training["device"])
+    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {
+        "command": f"accelerate launch training/{script} {config}{elsewhere}",
+        "model": f"[{folder.name}]({folder.as_posix()}/README.md)",
+        "data": data.rpartition("/")[2],
+        "config": f"[yaml]({config})",
+        "weights": f"here, {num_bytes / 1e6:.1f} MB" if num_bytes else "not here",
+        "cost": ", ".join(filter(None, cost)) or UNKNOWN,
+    }
+
+
+def published_rows(path: Path) -> list[Row]:
+    """The students that were not trained here, in the order of the file.
+
+    Raises:
+        FileNotFoundError: the file, or a config that it names, is not there.
+        ValueError: a config's teacher is not in the file, or distill.py would refuse the config.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"published is {str(path)!r}, which is not a file")
+    file = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows = []
+    for name, facts in file["students"].items():
+        config = path.parent / name
+        settings = parse_settings(DistillSettings, [str(config)], exit_on_error=False)
+        if settings.teacher not in file["teachers"]:
+            raise ValueError(f"{path} has no teacher {settings.teacher!r}, which {config} names")
+        teacher = file["teachers"][settings.teacher]
+        accuracy, deviation = facts.get("accuracy", (None, None))
+        rows.append(
+            Row(
+                command=f"accelerate launch --config_file {file['launch']} training/distill.py {config.as_posix()}",
+                model=config.stem,
+                teacher=f"[{teacher['name']}](https://huggingface.co/{settings.teacher})",
+                blocks=_blocks(facts["repeats"]) if "repeats" in facts else str(settings.num_blocks),
+                data=dataset_label(settings.dataset).rpartition("/")[2],
+                parameters=_millions(*count_both(settings, teacher["config"])),
+                accuracy=UNKNOWN if accuracy is None else f"{accuracy:.1f} ± {deviation:.1f} %, paper's",
+                retained=_retained(accuracy, teacher.get("accuracy"), unit=1),
+                cost="not trained by us",
+                config=f"[yaml]({config.as_posix()})",
+                weights="none",
+            )
+        )
+    return rows
+
+
+def count_both(settings: DistillSettings, teacher_config: dict[str, Any]) -> tuple[int, int]:
+    """Parameters of a student, and of its teacher, a DINOv2 with registers: of the architectures, without weights."""
+    config = Dinov2WithRegistersConfig(**teacher_config)
+    with torch.device("meta"):
+        teacher = Teacher(Dinov2WithRegistersModel(config))
+        # blocks count once, however the layers are shared among them
+        student = make_student(teacher, trial_partition(settings, teacher.num_layers), settings)
+    return count_parameters(student), teacher.num_parameters
 
 
 def with_table(text: str, table: str) -> str:
@@ -234,8 +345,26 @@ def with_table(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
 
 
-def _millions(count: int | None) -> str:
-    return "-" if count is None else f"{count / 1e6:,.2f} M"
+def _blocks(repeats: Sequence[int]) -> str:
+    return f"{len(repeats)} ({'+'.join(map(str, repeats))})"
+
+
+def _millions(count: int | None, whole: int | None = None) -> str:
+    if count is None:
+        return UNKNOWN
+    return f"{count / 1e6:,.2f} M" + (f" ({count / whole:.0%})".replace("%", " %") if whole else "")
+
+
+def _percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{share * 100:.1f} %"
+
+
+def _retained(accuracy: float | None, teacher: float | None, unit: int = 100) -> str:
+    """The student's share of the teacher's accuracy, and what that is; both times `unit` they are percents."""
+    if not teacher:
+        return UNKNOWN
+    share = UNKNOWN if accuracy is None else f"{accuracy / teacher * 100:.1f} %"
+    return f"{share} of {teacher * unit:.1f} %"
 
 
 if __name__ == "__main__":
