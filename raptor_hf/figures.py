@@ -1,8 +1,6 @@
 """Figures of the paper's analyses, drawn with matplotlib's object-oriented API: no pyplot, no global state."""
 
-import itertools
 import os
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -133,130 +131,6 @@ def plot_losses(
             axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
         figure.savefig(path, dpi=150, bbox_inches="tight")
-    return figure
-
-
-def plot_ladder(
-    scores: Mapping[str, Mapping[str, Sequence[float | None]]],
-    path: str | os.PathLike[str] | None = None,
-    teacher_accuracy: float | None = None,
-) -> Figure:
-    """Draws an ablation ladder: accuracies and R^2 of every rung, mean and standard deviation over seeds.
-
-    Args:
-        scores: for every rung, from the lowest, the values of all seeds under "r2_last" and "r2_mean" and, as
-            fractions, "agreement" and "student_accuracy"; these two may be None, for teachers without a head.
-        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
-        teacher_accuracy: as a fraction; a dashed line.
-    """
-    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    lines = (
-        (left, "student_accuracy", "accuracy of the student", 100, "o-", "C0"),
-        (left, "agreement", "agreement with the teacher", 100, "s--", "C1"),
-        (right, "r2_last", "last layer", 1, "o-", "C2"),
-        (right, "r2_mean", "mean of all layers", 1, "s--", "C3"),
-    )
-    for index, (axes, key, label, unit, style, color) in enumerate(lines):
-        if any(value is None for rung in scores.values() for value in rung[key]):
-            continue
-        # side by side, or error bars would hide one another
-        positions = np.arange(len(scores)) + (0.06 if index % 2 else -0.06)
-        statistics = [mean_and_deviation(np.multiply(unit, rung[key])) for rung in scores.values()]
-        means, deviations = zip(*statistics, strict=True)
-        axes.errorbar(positions, means, deviations, fmt=style, color=color, capsize=3, markersize=5, label=label)
-    if teacher_accuracy is not None:
-        left.axhline(100 * teacher_accuracy, color="0.5", linestyle=":", linewidth=1.2, label="accuracy of the teacher")
-    left.set_ylabel("top-1, test images (%)")
-    right.set_ylabel("R\N{SUPERSCRIPT TWO} of the student's states")
-    right.axhline(1, color="0.8", linewidth=1, zorder=0)
-    for axes in (left, right):
-        axes.set_xticks(range(len(scores)), [textwrap.fill(name, 12) for name in scores], fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9, loc="best")
-    if path is not None:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-    return figure
-
-
-def plot_convergence(
-    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], path: str | os.PathLike[str] | None = None
-) -> Figure:
-    """Draws the fidelity of variants while they train: mean over seeds, in a band of one standard deviation.
-
-    Args:
-        curves: for every variant, for every seed, its evaluations: "step", "r2_last" and "r2_mean".
-        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
-
-    Raises:
-        ValueError: if the seeds of a variant were evaluated at different steps, or a variant never was.
-    """
-    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
-    panels = figure.subplots(1, 2, sharex=True, sharey=True)
-    titles = {"r2_last": "last layer", "r2_mean": "mean of all layers"}
-    for (key, title), axes in zip(titles.items(), panels, strict=True):
-        for index, (name, seeds) in enumerate(curves.items()):
-            steps = [[entry["step"] for entry in evaluations] for evaluations in seeds]
-            if not steps[0] or any(other != steps[0] for other in steps):
-                raise ValueError(f"curves[{name!r}] has evaluations at steps {steps}; all seeds need the same ones")
-            values = np.array([[entry[key] for entry in evaluations] for evaluations in seeds])
-            means, deviations = mean_and_deviation(values)
-            axes.plot(steps[0], means, "o-", color=f"C{index}", markersize=3.5, label=name)
-            lower, upper = means - deviations, means + deviations
-            axes.fill_between(steps[0], lower, upper, color=f"C{index}", alpha=0.2, linewidth=0)
-        axes.axhline(1, color="0.8", linewidth=1, zorder=0)
-        axes.set(xlabel="optimizer step", title=title)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("R\N{SUPERSCRIPT TWO} of the student's states")
-    panels[1].legend(frameon=False, fontsize=9, loc="lower right")
-    if path is not None:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-    return figure
-
-
-def plot_trade_off(
-    series: Mapping[str, Sequence[Mapping[str, Any]]],
-    teacher_parameters: float,
-    teacher_macs: float,
-    path: str | os.PathLike[str] | None = None,
-) -> Figure:
-    """Draws R^2 against parameters and against multiply-accumulates, mean and standard deviation over seeds.
-
-    Args:
-        series: for every line its points: "label", "parameters", "macs", and the values of all seeds under "r2_last"
-            and "r2_mean".
-        teacher_parameters: 100 % of the axis of parameters.
-        teacher_macs: 100 % of the axis of multiply-accumulates.
-        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
-    """
-    figure = Figure(figsize=(9.0, 6.4), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    costs = (("parameters", teacher_parameters, "parameters"), ("macs", teacher_macs, "multiply-accumulates"))
-    rows = (("r2_last", "last layer"), ("r2_mean", "mean of all layers"))
-    for (row, (key, title)), (column, (cost, teacher_cost, cost_name)) in itertools.product(
-        enumerate(rows), enumerate(costs)
-    ):
-        axes = grid[row, column]
-        for index, (name, points) in enumerate(series.items()):
-            positions = [100 * point[cost] / teacher_cost for point in points]
-            means, deviations = zip(*(mean_and_deviation(point[key]) for point in points), strict=True)
-            color = f"C{index}"
-            axes.errorbar(positions, means, deviations, fmt="o-", color=color, capsize=3, markersize=5, label=name)
-            for point, position, mean in zip(points, positions, means, strict=True):
-                # on alternating sides, as the points of two series may nearly meet
-                place = {"xytext": (-5, 4), "ha": "right"} if index % 2 == 0 else {"xytext": (5, -10), "ha": "left"}
-                place |= {"textcoords": "offset points", "fontsize": 8, "color": color}
-                axes.annotate(point["label"], (position, mean), **place)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.12)
-        if row == 1:
-            axes.set_xlabel(f"{cost_name} (% of the teacher's)")
-        if column == 0:
-            axes.set_ylabel(f"R\N{SUPERSCRIPT TWO}, {title}")
-    grid[0, 0].legend(frameon=False, fontsize=9, loc="lower right")
-    if path is not None:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
     return figure
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raptor_hf import figures
+from raptor_hf import study_figures
+from raptor_hf.frontier import Point
 from raptor_hf.settings import parse_settings
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,9 @@ def record(variant, seed, r2_last, accuracy=0.5, **changes):
         "training_steps": 100,
         "training_seconds": 61.0,
         "evaluations": [],
-        "device": "a processor, 1 threads",
+        "batch_size": 16,
+        "blocks": [[1, 2], [3, 4]],
+        "device": "a processor, 1 thread",
         "versions": {"python": "3.11", "torch": "2.0"},
     } | changes
 
@@ -86,6 +89,16 @@ def test_plan_is_every_variant_with_every_seed_and_its_flags_win(study, settings
     assert len({run.folder for run in runs}) == 4 and runs[0].folder.parts[-2:] == ("first-one", "seed-3")
 
 
+def test_variant_with_fewer_seeds_has_the_first_ones(study, settings):
+    runs = study.plan_runs(dataclasses.replace(settings, seeds=[3, 5, 8], num_seeds=[1, 3]))
+    assert [(run.variant, run.seed) for run in runs] == [
+        ("first one", 3),
+        ("+ low rank", 3),
+        ("+ low rank", 5),
+        ("+ low rank", 8),
+    ]
+
+
 def test_flag_that_distill_refuses_is_found_before_anything_runs(study, settings):
     for flags, message in (
         ("--initt first", "'wrong'.*unknown flag.*did you mean --init"),
@@ -94,8 +107,9 @@ def test_flag_that_distill_refuses_is_found_before_anything_runs(study, settings
         wrong = dataclasses.replace(settings, variants=[f"wrong {flags}"])
         with pytest.raises(ValueError, match=message):
             study.plan_runs(wrong)
-    with pytest.raises(ValueError, match="'first one' has eval_every 0"):
-        study.plan_runs(dataclasses.replace(settings, figure="convergence"))
+    for figure in ("convergence", "time_to_fidelity"):
+        with pytest.raises(ValueError, match="'first one' has eval_every 0"):
+            study.plan_runs(dataclasses.replace(settings, figure=figure))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +121,17 @@ def test_flag_that_distill_refuses_is_found_before_anything_runs(study, settings
         ({"variants": []}, "variants"),
         ({"variants": ["k=2 --num_blocks 2", "K 2 --num_blocks 2"]}, "more than punctuation"),
         ({"figure": "trade_off"}, "series, label"),
+        ({"figure": "partitions"}, "series, label"),
+        ({"figure": "frontier"}, "series, label"),
         ({"published": [1.0]}, "published has 1 numbers; it must have one per variant, 2"),
+        ({"num_seeds": [1]}, r"num_seeds is \[1\]; it must have one number per variant, 2, each between 1 and .*, 2"),
+        ({"num_seeds": [0, 1]}, "each between 1"),
+        ({"num_seeds": [1, 3]}, "each between 1"),
+        ({"baselines": ["a.json"]}, 'baselines belong to the figure "frontier", not to "ladder"'),
+        ({"goals": [0.5]}, 'goals belong to the figure "time_to_fidelity"'),
+        ({"figure": "time_to_fidelity", "goals": [0.5, 0.2]}, "one number above 0 per variant but the last, 1"),
+        ({"figure": "time_to_fidelity", "goals": [0.0]}, "above 0"),
+        ({"figure": "time_to_fidelity", "variants": ["one --init first"]}, "give at least 2"),
     ],
 )
 def test_settings_refuse_what_cannot_work(settings, changes, message):
@@ -156,7 +180,7 @@ def test_table_has_mean_and_sample_deviation_of_the_seeds(study, settings):
     assert "| 0.250 | 0.125 | - | - |" in second
     for text in (
         "python training/study.py x.yaml",
-        "a processor, 1 threads",
+        "a processor, 1 thread",
         "torch 2.0",
         "A caption.",
         "(figure.png)",
@@ -203,11 +227,38 @@ def test_caption_compares_series_at_the_same_label(study):
     )
 
 
+def test_series_without_a_label_in_common_are_compared_at_the_nearest_size(study):
+    costs = [{"teacher": 100, "student": cost} for cost in (10, 20, 22)]
+    small, large, untied = ({"parameters": cost, "macs": cost} for cost in costs)
+    runs = [record("Raptor, k=2", 0, 0.5, **small), record("Raptor, k=3", 0, 0.6, **large)]
+    runs.append(record("untied, 4 layers", 0, 0.7, **untied))
+    assert study.trade_off_caption(study.by_variant(runs)) == (
+        "R² of the last layer, untied against Raptor: 4 layers against k=3, the nearest in size, +0.100 "
+        "(+10% parameters, +10% multiply-accumulates)."
+    )
+
+
+def test_single_series_has_a_caption_of_its_points(study):
+    runs = [record("untied, 3 layers", 0, 0.5), record("untied, 4 layers", 0, 0.6)]
+    assert study.trade_off_caption(study.by_variant(runs)) == (
+        "R² of the last layer, untied: 3 layers 0.500; 4 layers 0.600."
+    )
+
+
 @pytest.mark.parametrize(
-    ("kind", "names"), [("ladder", ("a", "b")), ("convergence", ("a", "b")), ("trade_off", ("a, k=2", "a, k=3"))]
+    ("kind", "names"),
+    [
+        ("ladder", ("a", "b")),
+        ("convergence", ("a", "b")),
+        ("trade_off", ("a, k=2", "a, k=3")),
+        ("partitions", ("a, k=2", "b, k=2")),
+        ("frontier", ("a, k=2", "a, k=3")),
+        ("time_to_fidelity", ("a", "b")),
+    ],
 )
 def test_results_hold_every_run_and_a_figure_of_each_kind(study, settings, tmp_path, kind, names):
-    evaluations = [{"step": step, "r2_last": 0.5, "r2_mean": 0.4} for step in (5, 10)]
+    scores = {"r2_last": 0.5, "r2_mean": 0.4, "student_accuracy": 0.5}
+    evaluations = [{"step": step, "seconds": 2.0 * step, **scores} for step in (5, 10)]
     runs = [record(name, seed, 0.5, evaluations=evaluations) for name in names for seed in (0, 1)]
     settings = dataclasses.replace(settings, figure=kind, variants=[f"{name} --init first" for name in names])
     study.write_results(settings, runs, tmp_path, "the command")
@@ -215,6 +266,51 @@ def test_results_hold_every_run_and_a_figure_of_each_kind(study, settings, tmp_p
     assert written["runs"] == runs and written["command"] == "the command"
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert "| a" in (tmp_path / "table.md").read_text()
+    assert ("comparisons" in written) is (kind in ("partitions", "time_to_fidelity"))
+
+
+def test_baselines_are_read_before_anything_runs_and_shown(study, settings, tmp_path, monkeypatch, capsys):
+    rows = [{"name": f"first {n} layers", "parameters": 10**6, "values": {"x/accuracy": [0.5, 0.5]}} for n in (3, 4)]
+    (tmp_path / "probes.json").write_text(json.dumps({"rows": rows}))
+    variants = ["a, k=2 --num_blocks 2", "a, k=3 --num_blocks 3"]
+    settings = dataclasses.replace(
+        settings, figure="frontier", variants=variants, baselines=[f"{tmp_path}/probes.json = *3*"]
+    )
+    big = {"teacher": 4_000_000, "student": 1_200_000}
+    runs = [record("a, k=2", seed, 0.5) for seed in (0, 1)]
+    runs += [record("a, k=3", seed, 0.6, parameters=big) for seed in (0, 1)]
+    study.write_results(settings, runs, tmp_path, "the command")
+    compared = json.loads((tmp_path / "results.json").read_text())["comparisons"]
+    assert [(entry["point"], entry["score"]) for entry in compared] == [("first 3 layers", "student_accuracy")]
+
+    with pytest.raises(ValueError, match=r"baselines has '.*probes.json = 5': no name matches '5'"):
+        study.read_baselines([f"{tmp_path}/probes.json = 5"])
+    arguments = [
+        f"--{name}={getattr(settings, name)}" for name in ("title", "base", "output_dir", "runs_dir", "figure")
+    ]
+    monkeypatch.setattr("sys.argv", ["study.py", *arguments, "--variants", *variants, "--baselines", "nowhere.json"])
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_evaluations_of_the_second_stage_count_the_steps_of_the_first(study):
+    entry = {"stage": 2, "step": 5, "r2": [0.2, 0.4]}
+    assert study.evaluation_of(entry, 100) == {"step": 105, "r2_last": 0.4, "r2_mean": pytest.approx(0.3)}
+    timed = entry | {"stage": 1, "seconds": 3.5, "agreement": 0.9, "student_accuracy": None}
+    assert study.evaluation_of(timed, 100)["step"] == 5
+    assert study.evaluation_of(timed, 100)["seconds"] == 3.5
+
+
+def test_variant_without_a_finished_run_keeps_its_place(study, settings, tmp_path):
+    settings = dataclasses.replace(
+        settings, figure="time_to_fidelity", variants=["a --x", "b --x", "c --x"], goals=[0.25, 0.75]
+    )
+    evaluations = [{"step": step, "seconds": step, "r2_last": 0.5, "student_accuracy": 0.5} for step in (5, 10)]
+    runs = [record(name, 0, 0.5, evaluations=evaluations) for name in ("b", "c")]
+    study.write_results(settings, runs, tmp_path, "the command")
+    compared = json.loads((tmp_path / "results.json").read_text())["comparisons"]
+    assert {entry["goal"] for entry in compared if entry["variant"] == "c"} == {0.75}
 
 
 def test_figures_draw_means_and_deviations_over_seeds():
@@ -222,7 +318,7 @@ def test_figures_draw_means_and_deviations_over_seeds():
         "low": {"r2_last": [0.1, 0.3], "r2_mean": [0.2, 0.2], "agreement": [None], "student_accuracy": [0.5, 0.7]},
         "high": {"r2_last": [0.6, 0.8], "r2_mean": [0.9, 0.9], "agreement": [None], "student_accuracy": [0.9, 0.9]},
     }
-    left, right = figures.plot_ladder(scores, teacher_accuracy=0.99).axes
+    left, right = study_figures.plot_ladder(scores, teacher_accuracy=0.99).axes
     assert len(left.containers) == 1  # without a head of the teacher there is no agreement
     line, _, (bars,) = left.containers[0]
     assert line.get_ydata() == pytest.approx([60, 90])
@@ -231,30 +327,98 @@ def test_figures_draw_means_and_deviations_over_seeds():
 
     curve = [{"step": 1, "r2_last": 0.2, "r2_mean": 0.1}, {"step": 2, "r2_last": 0.4, "r2_mean": 0.3}]
     other = [{"step": 1, "r2_last": 0.4, "r2_mean": 0.1}, {"step": 2, "r2_last": 0.6, "r2_mean": 0.3}]
-    last, _ = figures.plot_convergence({"a": [curve, other]}).axes
+    last, _ = study_figures.plot_convergence({"a": [curve, other]}).axes
     assert last.lines[0].get_xydata() == pytest.approx(np.array([[1, 0.3], [2, 0.5]]))
 
     points = [{"label": "k=2", "parameters": 5, "macs": 30, "r2_last": [0.4, 0.6], "r2_mean": [0.7]}]
-    panels = figures.plot_trade_off({"none": points}, teacher_parameters=20, teacher_macs=30).axes
+    panels = study_figures.plot_trade_off({"none": points}, teacher_parameters=20, teacher_macs=30).axes
     drawn = [tuple(panel.containers[0][0].get_xydata()[0]) for panel in panels]
     assert drawn == [pytest.approx(point) for point in ((25, 0.5), (100, 0.5), (25, 0.7), (100, 0.7))]
+
+
+def test_partitions_figure_has_a_dot_per_draw_and_the_mean_of_the_found_ones():
+    found, drawn = {"r2_last": [0.8, 0.9], "student_accuracy": [0.5, 0.5]}, {"r2_last": [0.1, 0.1, 0.3]}
+    figure = study_figures.plot_partitions(
+        {"k=2": {"max-cut": found, "random": drawn | {"student_accuracy": [0.4] * 3}}}
+    )
+    fidelity, accuracy = figure.axes
+    dots = [line.get_xydata() for line in fidelity.lines]
+    assert [points[:, 1].tolist() for points in dots] == [[0.8, 0.9], [0.1, 0.1, 0.3]]
+    assert len({tuple(point) for point in dots[1]}) == 3  # equal draws do not hide one another
+    assert fidelity.collections[0].get_segments()[0][:, 1] == pytest.approx([0.85, 0.85])
+    assert accuracy.lines[0].get_ydata() == pytest.approx([50, 50])
+
+
+def test_frontier_figure_draws_series_baselines_and_what_dominates():
+    def point(series, label, parameters, **values):
+        return Point(f"{series}, {label}", series, label, parameters, values)
+
+    points = [
+        point("a", "k=2", 10**6, r2_last=[0.4, 0.6], student_accuracy=[0.8]),
+        point("a", "k=3", 3 * 10**6, r2_last=[0.8], student_accuracy=[0.7]),
+    ]
+    probed = Point("cut", "cut", "", 2 * 10**6, {"student_accuracy": [0.9]}, is_probed=True)
+    fidelity, accuracy = study_figures.plot_frontier(points, [probed], teacher_accuracy=0.95).axes
+    assert fidelity.containers[0][0].get_xydata() == pytest.approx(np.array([[1, 0.5], [3, 0.8]]))
+    assert len(fidelity.containers) == 1 and len(accuracy.containers) == 2  # the probed one has no fidelity
+    drawn = {line.get_label(): line for line in accuracy.lines}
+    assert drawn["Pareto frontier"].get_xydata() == pytest.approx(np.array([[1, 80], [2, 90]]))
+    assert drawn["accuracy of the teacher"].get_ydata() == pytest.approx([95, 95])
+    assert accuracy.containers[1].get_label() == "cut (trained probe)"
+
+
+def test_time_to_fidelity_figure_has_seeds_means_and_the_ends_to_reach():
+    def run(*pairs):
+        entries = [{"step": 5 * i, "seconds": s, "r2_last": r2} for i, (s, r2) in enumerate(pairs, start=1)]
+        return {"evaluations": entries}
+
+    slow, fast = [run((10, 0.2), (20, 0.4)), run((12, 0.2), (24, 0.6))], [run((3, 0.7))]
+    by_seconds, by_steps = study_figures.plot_time_to_fidelity({"slow": slow, "none": [], "fast": fast}).axes
+    drawn = {line.get_label(): line for line in by_seconds.lines}
+    assert drawn["slow"].get_xydata() == pytest.approx(np.array([[11, 0.2], [22, 0.5]]))
+    assert drawn["end of slow"].get_ydata() == pytest.approx([0.5, 0.5]) and "end of fast" not in drawn
+    assert {line.get_label(): line for line in by_steps.lines}["slow"].get_xdata() == pytest.approx([5, 10])
 
 
 def test_convergence_figure_refuses_seeds_that_cannot_be_averaged():
     evaluation = {"r2_last": 0.1, "r2_mean": 0.1}
     for seeds in ([[]], [[{"step": 1, **evaluation}], [{"step": 2, **evaluation}]]):
         with pytest.raises(ValueError, match=r"curves\['a'\] has evaluations at steps"):
-            figures.plot_convergence({"a": seeds})
+            study_figures.plot_convergence({"a": seeds})
 
 
-@pytest.mark.parametrize(("name", "num_runs"), [("ladder", 15), ("conditioning", 27), ("init", 6)])
-def test_studies_of_the_digits_are_planned_without_error(study, monkeypatch, name, num_runs):
+@pytest.mark.parametrize(
+    ("name", "num_runs"),
+    [
+        ("study_digits_ladder", 15),
+        ("study_cifar10_ladder", 15),
+        ("study_digits_conditioning", 27),
+        ("study_digits_init", 6),
+        ("study_digits_partitions", 69),
+        ("study_cifar10_partitions", 69),
+        ("study_digits_frontier", 36),
+        ("study_cifar10_frontier", 45),
+        ("time_to_fidelity_digits", 9),
+        ("time_to_fidelity_cifar10", 9),
+    ],
+)
+def test_studies_are_planned_without_error(study, monkeypatch, name, num_runs):
     monkeypatch.chdir(ROOT)
-    settings = parse_settings(study.StudySettings, [str(CONFIGS / f"study_digits_{name}.yaml")], exit_on_error=False)
+    settings = parse_settings(study.StudySettings, [str(CONFIGS / f"{name}.yaml")], exit_on_error=False)
     runs = study.plan_runs(settings)
     assert len(runs) == num_runs
-    assert Path(settings.output_dir).name == Path(settings.runs_dir).name == f"digits_{name}"
-    if name == "ladder":  # each rung changes one thing
+    if name == "study_digits_frontier":  # shares runs
+        assert Path(settings.runs_dir).name == "digits_conditioning"
+    else:
+        assert Path(settings.output_dir).name == Path(settings.runs_dir).name
+    if settings.figure == "partitions":  # every draw is another seed, and nothing else differs
+        kinds = {run.settings.partition for run in runs}
+        assert kinds == {"normalized", "random_contiguous", "random_fragmented"}
+        shared = {
+            dataclasses.replace(run.settings, output_dir="", seed=0, num_blocks=1, partition="cut") for run in runs
+        }
+        assert len(shared) == 1
+    if settings.figure == "ladder":  # each rung changes one thing
         rungs = [dataclasses.asdict(run.settings) | {"output_dir": ""} for run in runs if run.seed == 0]
         changed = [{key for key in low if low[key] != high[key]} for low, high in zip(rungs, rungs[1:], strict=False)]
         assert changed == [{"teacher_forcing"}, {"depth_conditioning"}, {"cls_weighting"}, {"stage2_steps"}]

@@ -109,12 +109,23 @@ def test_evaluating_more_often_does_not_change_the_model(tmp_path, monkeypatch):
     assert never == often
 
 
+def test_teacher_of_no_steps_is_the_model_as_it_is_initialised(tmp_path, monkeypatch):
+    run(monkeypatch, tmp_path, steps=0, warmup_steps=5, seed=4)  # without steps there is no warm-up to fit into them
+    set_seed(4)
+    expected = make_model(settings(), [str(digit) for digit in range(10)]).state_dict()
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["evaluations"] == [{"step": 0, "accuracy": pytest.approx(accuracy(tmp_path))}]
+    assert metrics["images_per_second"] == 0
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"image_size": 9}, "image_size is 9; it must be a multiple of patch_size, 2"),
         ({"num_heads": 3}, "hidden_size is 16; it must be a multiple of num_heads, 3"),
-        ({"steps": 0}, "steps is 0; it must be above 0"),
+        ({"steps": -1}, "steps is -1; it must be at least 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0; it must be above 0"),
         ({"num_registers": -1}, "num_registers is -1; it must be at least 0"),
         ({"warmup_steps": 8}, "warmup_steps is 8; it must be below steps, 8"),

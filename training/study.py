@@ -8,10 +8,8 @@ and gives stands in its config file.
 """
 
 import dataclasses
-import itertools
 import json
 import logging
-import math
 import os
 import re
 import shlex
@@ -19,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +25,30 @@ from typing import Any, Literal
 
 from distill import DistillSettings
 
-from raptor_hf import figures
+from raptor_hf import study_figures
 from raptor_hf.checkpoint import write_text_atomically
+from raptor_hf.figures import mean_and_deviation
+from raptor_hf.frontier import Point, baseline_points, frontier_conclusion, study_points
 from raptor_hf.recipe import write_json
 from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.studies import (
+    Conclusion,
+    Record,
+    by_variant,
+    convergence_caption,
+    ladder_caption,
+    markdown_table,
+    partitions_conclusion,
+    series_of,
+    time_to_fidelity_conclusion,
+    trade_off_caption,
+)
 
 logger = logging.getLogger("study")
 
 NOT_COMPARED = ("output_dir", "seed", "override")
+NAMED_BY_SERIES = ("trade_off", "partitions", "frontier")
+NEED_EVALUATIONS = ("convergence", "time_to_fidelity")
 
 
 @dataclass(frozen=True)
@@ -46,9 +60,14 @@ class StudySettings:
     variants: list[str]  # each "name --flag value ..."
     output_dir: str  # of the table, the figure and the numbers
     runs_dir: str  # of the students
-    figure: Literal["ladder", "convergence", "trade_off"]
+    figure: Literal["ladder", "convergence", "trade_off", "partitions", "frontier", "time_to_fidelity"]
     common_flags: str = ""  # of all variants
     seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    num_seeds: list[int] | None = None  # one per variant: only the first so many of the seeds
+    # of the frontier: results.json of other studies and of tables of probes, each "file" or "file = pattern of names"
+    baselines: list[str] | None = None
+    # of the time to fidelity, one per variant but the last: its time that the last may take to come as far
+    goals: list[float] | None = None
     published: list[float] | None = None  # one per variant
     published_name: str = "published"
     jobs: int = 1
@@ -61,8 +80,29 @@ class StudySettings:
         slugs = [slug(name) for name, _ in split_variants(self.variants)]
         if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
             raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
-        if self.figure == "trade_off" and not all(", " in name for name, _ in split_variants(self.variants)):
-            raise ValueError('the figure "trade_off" needs variants named "series, label --flag value ..."')
+        if self.figure in NAMED_BY_SERIES and not all(", " in name for name, _ in split_variants(self.variants)):
+            raise ValueError(f'the figure "{self.figure}" needs variants named "series, label --flag value ..."')
+        if self.figure == "time_to_fidelity" and len(self.variants) < 2:
+            raise ValueError('the figure "time_to_fidelity" compares the last variant with others; give at least 2')
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        """Lists that go with the variants."""
+        if self.num_seeds is not None and (
+            len(self.num_seeds) != len(self.variants) or not all(1 <= n <= len(self.seeds) for n in self.num_seeds)
+        ):
+            raise ValueError(
+                f"num_seeds is {self.num_seeds}; it must have one number per variant, {len(self.variants)}, "
+                f"each between 1 and the number of seeds, {len(self.seeds)}"
+            )
+        for name, figure in (("baselines", "frontier"), ("goals", "time_to_fidelity")):
+            if getattr(self, name) is not None and self.figure != figure:
+                raise ValueError(f'{name} belong to the figure "{figure}", not to "{self.figure}"')
+        if self.goals is not None and (len(self.goals) != len(self.variants) - 1 or not min(self.goals) > 0):
+            raise ValueError(
+                f"goals is {self.goals}; it must have one number above 0 per variant but the last, "
+                f"{len(self.variants) - 1}"
+            )
         if self.published is not None and len(self.published) != len(self.variants):
             raise ValueError(
                 f"published has {len(self.published)} numbers; it must have one per variant, {len(self.variants)}"
@@ -94,6 +134,7 @@ def main() -> None:
         runs = plan_runs(settings)
         for run in runs:  # refuses folders that hold runs of other settings
             prepare_output_dir(run.folder, run.settings)
+        read_baselines(settings.baselines)
         output_dir = Path(settings.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     failed = run_all(runs, settings.jobs)
@@ -129,8 +170,13 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
         ValueError: a flag or value that distill.py refuses, or one that gives the figure nothing to show.
     """
     runs = []
-    for seed in settings.seeds:  # the outer loop: a study that is cut short has compared all variants on some seeds
-        for name, flags in split_variants(settings.variants):
+    variants = split_variants(settings.variants)
+    num_seeds = settings.num_seeds or [len(settings.seeds)] * len(variants)
+    # the outer loop: a study that is cut short has compared all variants on some seeds
+    for index, seed in enumerate(settings.seeds):
+        for (name, flags), wanted in zip(variants, num_seeds, strict=True):
+            if index >= wanted:
+                continue
             folder = Path(settings.runs_dir) / slug(name) / f"seed-{seed}"
             arguments = [settings.base, *shlex.split(settings.common_flags), *flags]
             arguments += ["--seed", str(seed), "--output_dir", folder.as_posix()]
@@ -138,8 +184,8 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
                 parsed = parse_settings(DistillSettings, arguments, exit_on_error=False)
             except ValueError as error:
                 raise ValueError(f"variant {name!r}: {error}") from error
-            if settings.figure == "convergence" and not parsed.eval_every:
-                raise ValueError(f"variant {name!r} has eval_every 0; the figure of convergence needs evaluations")
+            if settings.figure in NEED_EVALUATIONS and not parsed.eval_every:
+                raise ValueError(f"variant {name!r} has eval_every 0; the figure {settings.figure!r} needs evaluations")
             command = [sys.executable, str(Path(__file__).with_name("distill.py")), *arguments]
             runs.append(PlannedRun(name, seed, parsed, command))
     return runs
@@ -209,22 +255,45 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
         "macs": metrics["macs"],
         "training_steps": settings.stage1_steps + settings.stage2_steps,
         "training_seconds": seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
-        "evaluations": [
-            {
-                # steps of both stages, as the figure counts them
-                "step": entry["step"] + (settings.stage1_steps if entry["stage"] == 2 else 0),
-                "r2_last": entry["r2"][-1],
-                "r2_mean": statistics.fmean(entry["r2"]),
-            }
-            for entry in metrics["evaluations"]
-        ],
+        "batch_size": settings.batch_size,
+        "blocks": metrics["blocks"],
+        "evaluations": [evaluation_of(entry, settings.stage1_steps) for entry in metrics["evaluations"]],
         "device": metrics["device"],
         "versions": metrics["versions"],
     }
 
 
-def write_results(settings: StudySettings, records: Sequence[dict[str, Any]], output_dir: Path, command: str) -> None:
+def evaluation_of(entry: Mapping[str, Any], stage1_steps: int) -> dict[str, Any]:
+    """What matters of one evaluation under way, in steps of both stages."""
+    return {
+        "step": entry["step"] + (stage1_steps if entry["stage"] == 2 else 0),
+        "r2_last": entry["r2"][-1],
+        "r2_mean": statistics.fmean(entry["r2"]),
+        # of both stages, without the evaluations; runs of older versions do not have these
+        **{name: entry[name] for name in ("seconds", "agreement", "student_accuracy") if name in entry},
+    }
+
+
+def read_baselines(baselines: Sequence[str] | None) -> list[Point]:
+    """The points of "file" or "file = pattern of names".
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: it holds no results, or none of that name.
+    """
+    points = []
+    for text in baselines or ():
+        path, _, pattern = text.partition(" = ")
+        try:
+            points += baseline_points(read_json(Path(path)), pattern or "*")
+        except ValueError as error:
+            raise ValueError(f"baselines has {text!r}: {error}") from error
+    return points
+
+
+def write_results(settings: StudySettings, records: Sequence[Record], output_dir: Path, command: str) -> None:
     """results.json, table.md and figure.png."""
+    conclusion = conclude(settings, records, output_dir / "figure.png")
     write_json(
         output_dir / "results.json",
         {
@@ -234,53 +303,51 @@ def write_results(settings: StudySettings, records: Sequence[dict[str, Any]], ou
             "common_flags": settings.common_flags,
             "published": settings.published,
             "published_name": settings.published_name if settings.published else None,
+            **({"comparisons": conclusion.numbers} if conclusion.numbers else {}),
             "runs": records,
         },
     )
+    page = table(settings, by_variant(records), command, conclusion.text)
+    write_text_atomically(output_dir / "table.md", page)
+
+
+def conclude(settings: StudySettings, records: Sequence[Record], figure: Path) -> Conclusion:
+    """Draws the figure, and says what it shows."""
     variants = by_variant(records)
-    figure = output_dir / "figure.png"
+    # a variant whose runs have all failed keeps its place
+    wanted = {name: variants.get(name, []) for name, _ in split_variants(settings.variants)}
     if settings.figure == "ladder":
-        caption = ladder_caption(variants)
-        scores = {
-            name: {
-                key: [record[key] for record in runs] for key in ("r2_last", "r2_mean", "agreement", "student_accuracy")
-            }
-            for name, runs in variants.items()
-        }
-        figures.plot_ladder(scores, figure, teacher_accuracy=records[0]["teacher_accuracy"])
-    elif settings.figure == "convergence":
-        caption = convergence_caption(variants)
-        figures.plot_convergence(
-            {name: [run["evaluations"] for run in runs] for name, runs in variants.items()}, figure
-        )
-    else:
-        caption = trade_off_caption(variants)
-        figures.plot_trade_off(
-            series_of(variants), records[0]["parameters"]["teacher"], records[0]["macs"]["teacher"], figure
-        )
-    write_text_atomically(output_dir / "table.md", table(settings, variants, command, caption))
+        keys = ("r2_last", "r2_mean", "agreement", "student_accuracy")
+        scores = {name: {key: [run[key] for run in runs] for key in keys} for name, runs in variants.items()}
+        study_figures.plot_ladder(scores, figure, teacher_accuracy=records[0]["teacher_accuracy"])
+        return Conclusion(ladder_caption(variants))
+    if settings.figure == "convergence":
+        curves = {name: [run["evaluations"] for run in runs] for name, runs in variants.items()}
+        study_figures.plot_convergence(curves, figure)
+        return Conclusion(convergence_caption(variants))
+    if settings.figure == "partitions":
+        draws: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for name, runs in variants.items():
+            kind, _, label = name.rpartition(", ")
+            scores = {key: [run[key] for run in runs] for key in ("r2_last", "student_accuracy")}
+            draws.setdefault(label, {})[kind] = scores
+        study_figures.plot_partitions(draws, figure)
+        return partitions_conclusion(wanted)
+    if settings.figure == "frontier":
+        baselines = read_baselines(settings.baselines)
+        teacher_accuracy = records[0]["teacher_accuracy"]
+        study_figures.plot_frontier(study_points(records), baselines, teacher_accuracy, figure)
+        return frontier_conclusion(records, baselines)
+    if settings.figure == "time_to_fidelity":
+        conclusion = time_to_fidelity_conclusion(wanted, settings.goals)
+        study_figures.plot_time_to_fidelity(wanted, figure)
+        return conclusion
+    teacher = records[0]["parameters"]["teacher"], records[0]["macs"]["teacher"]
+    study_figures.plot_trade_off(series_of(variants), *teacher, figure)
+    return Conclusion(trade_off_caption(variants))
 
 
-def by_variant(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of every variant."""
-    variants: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        variants.setdefault(record["variant"], []).append(record)
-    return variants
-
-
-def series_of(variants: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """The points of a trade-off figure: a variant "series, label" is one of its series."""
-    series: dict[str, list[dict[str, Any]]] = {}
-    for name, runs in variants.items():
-        line, _, label = name.rpartition(", ")
-        point = {key: [run[key] for run in runs] for key in ("r2_last", "r2_mean")}
-        point |= {key: runs[0][key]["student"] for key in ("parameters", "macs")}
-        series.setdefault(line, []).append({"label": label, **point})
-    return series
-
-
-def table(settings: StudySettings, variants: dict[str, list[dict[str, Any]]], command: str, caption: str) -> str:
+def table(settings: StudySettings, variants: Mapping[str, Sequence[Record]], command: str, caption: str) -> str:
     """The Markdown page: how the numbers were made, the numbers, what they say."""
     records = [run for runs in variants.values() for run in runs]
     teacher_accuracy = records[0]["teacher_accuracy"]
@@ -305,20 +372,16 @@ def table(settings: StudySettings, variants: dict[str, list[dict[str, Any]]], co
         f"# {settings.title}",
         f"    {command}",
         f"Base {settings.base}, for all variants `{settings.common_flags.strip()}`; seeds {seeds}; "
-        f"{settings.jobs} runs at a time on: {'; '.join(devices)}. {'; '.join(versions)}."
+        f"{settings.jobs} run{'s' * (settings.jobs > 1)} at a time on: {'; '.join(devices)}. {'; '.join(versions)}."
         + (f" The teacher's accuracy is {100 * teacher_accuracy:.1f} %." if teacher_accuracy is not None else ""),
         "Mean ± standard deviation over seeds, on the test images, after the last step; in brackets the share of the "
         "teacher's cost. Seconds are wall-clock time beside whatever else the machine ran.",
     ]
-    lines = [
-        "| variant | " + " | ".join(columns) + " |",
-        "|---|" + "---:|" * len(columns),
-        *("| " + " | ".join((name, *cells)) + " |" for name, *cells in zip(variants, *columns.values(), strict=True)),
-    ]
+    rows = zip(variants, *columns.values(), strict=True)
     flags = [f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(settings.variants)]
     parts = (
         *header,
-        "\n".join(lines),
+        markdown_table(("variant", *columns), rows),
         f"![{settings.title}](figure.png)",
         caption,
         "The flags of the variants:",
@@ -327,86 +390,18 @@ def table(settings: StudySettings, variants: dict[str, list[dict[str, Any]]], co
     return "\n\n".join(parts) + "\n"
 
 
-def measured(runs: Sequence[dict[str, Any]], key: str, unit: float = 1, digits: int = 1) -> str:
+def measured(runs: Sequence[Record], key: str, unit: float = 1, digits: int = 1) -> str:
     """Mean and standard deviation over the seeds of one number."""
     values = [run[key] for run in runs]
     if any(value is None for value in values):
         return "-"
-    mean, deviation = figures.mean_and_deviation([unit * value for value in values])
+    mean, deviation = mean_and_deviation([unit * value for value in values])
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
 def share(cost: dict[str, float]) -> str:
     """The student's cost in millions and as a share of the teacher's."""
     return f"{cost['student'] / 1e6:.2f} ({cost['student'] / cost['teacher']:.0%})"
-
-
-def difference(low: Sequence[float], high: Sequence[float], digits: int = 3, unit: str = "") -> str:
-    """By how much the mean changes from one variant to another, and whether that is more than seeds do."""
-    (before, spread_before), (after, spread_after) = map(figures.mean_and_deviation, (low, high))
-    change, spread = after - before, math.hypot(spread_before, spread_after)
-    text = f"{change:+z.{digits}f}{unit}"
-    return text if abs(change) > spread else f"{text} (within the spread over seeds, {spread:.{digits}f})"
-
-
-def ladder_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
-    """What all rungs together do, and what every one adds to the one below."""
-    names = list(variants)
-    r2 = {name: [run["r2_last"] for run in runs] for name, runs in variants.items()}
-    accuracy = {name: [run["student_accuracy"] for run in runs] for name, runs in variants.items()}
-    has_accuracy = all(value is not None for values in accuracy.values() for value in values)
-    first, last = (statistics.fmean(r2[name]) for name in (names[0], names[-1]))
-    whole = f"From the first rung to the last, R² of the last layer goes from {first:.3f} to {last:.3f}"
-    if has_accuracy:
-        first, last = (100 * statistics.fmean(accuracy[name]) for name in (names[0], names[-1]))
-        whole += f" and accuracy from {first:.1f} % to {last:.1f} %"
-    changes = []
-    for lower, upper in zip(names, names[1:], strict=False):
-        text = f"{upper}: R² {difference(r2[lower], r2[upper])}"
-        if has_accuracy:
-            points = ([100 * value for value in accuracy[name]] for name in (lower, upper))
-            text += f", accuracy {difference(*points, digits=1, unit=' points')}"
-        changes.append(text)
-    return f"{whole}. Against the rung below, {'; '.join(changes)}."
-
-
-def convergence_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
-    """Who is nearer to the teacher at the end, and when it had passed the other's end."""
-    final = {name: [run["r2_last"] for run in runs] for name, runs in variants.items()}
-    ranking = sorted(final, key=lambda name: statistics.fmean(final[name]), reverse=True)
-    best = ranking[0]
-    sentences = [
-        f'After the last step "{best}" is nearest to the teacher: last-layer R² {statistics.fmean(final[best]):.3f}.'
-    ]
-    for other in ranking[1:]:
-        end = statistics.fmean(final[other])
-        curve = zip(*(run["evaluations"] for run in variants[best]), strict=True)
-        # the last evaluation, the end of the best, is one
-        passed = next(
-            entries[0]["step"] for entries in curve if statistics.fmean(entry["r2_last"] for entry in entries) >= end
-        )
-        sentences.append(
-            f'"{other}" ends at {end:.3f}, {difference(final[best], final[other])} from it; '
-            f'"{best}" was there at its evaluation after {passed} steps.'
-        )
-    return " ".join(sentences)
-
-
-def trade_off_caption(variants: dict[str, list[dict[str, Any]]]) -> str:
-    """Every series against those before it at the same label, with what it costs more."""
-    series = series_of(variants)
-    sentences = []
-    for first, name in itertools.combinations(series, 2):
-        base = {point["label"]: point for point in series[first]}
-        pairs = [(base[point["label"]], point) for point in series[name] if point["label"] in base]
-        parts = [
-            f"{point['label']} {difference(reference['r2_last'], point['r2_last'])} "
-            f"({point['parameters'] / reference['parameters'] - 1:+z.0%} parameters, "
-            f"{point['macs'] / reference['macs'] - 1:+z.0%} multiply-accumulates)"
-            for reference, point in pairs
-        ]
-        sentences.append(f"R² of the last layer, {name} against {first}: {'; '.join(parts)}.")
-    return " ".join(sentences)
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -67,7 +67,7 @@ class TeacherSettings:
     drop_path_rate: float = 0.0
     initializer_range: float = 0.02
     # the training
-    steps: int = 10_000
+    steps: int = 10_000  # 0 saves the model as it is initialised
     batch_size: int = 256
     learning_rate: float = 1e-3
     final_learning_rate: float = 0.0
@@ -97,7 +97,7 @@ class TeacherSettings:
     override: bool = False
 
     def __post_init__(self) -> None:
-        positive = {"image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio", "steps"}
+        positive = {"image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio"}
         positive |= {"batch_size", "learning_rate", "max_grad_norm", "log_every", "checkpoint_every"}
         positive |= {"keep_checkpoints", "initializer_range"}
         for name, value in settings_to_dict(self).items():
@@ -111,7 +111,7 @@ class TeacherSettings:
         for name, divisor in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
             if getattr(self, name) % (value := getattr(self, divisor)):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of {divisor}, {value}")
-        if self.warmup_steps >= self.steps:
+        if 0 < self.steps <= self.warmup_steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below steps, {self.steps}")
 
 
@@ -187,6 +187,9 @@ def train(
     num_classes = accelerator.unwrap_model(model).config.num_labels
     log = IntervalLog(accelerator, num_steps=num_steps, images_per_step=batch_size, log_every=settings.log_every)
     guard = NonFiniteGuard(settings.max_nonfinite_steps)
+    if num_steps == 0:
+        evaluations = [{"step": 0, "accuracy": evaluate(accelerator, model, test_batches)}]
+        return {"step": 0, "evaluations": evaluations, "failures": {}, "log": log.state_dict()}
     progress = resume_run(folder, accelerator, model, optimizer) or {"step": 0, "evaluations": [], "failures": {}}
     if progress["step"]:
         log.load_state_dict(progress["log"])
