@@ -265,7 +265,7 @@ class RaptorImageProcessor(PilBackend):
         **kwargs: Any,
     ) -> BatchFeature:
         if do_resize:
-            images = [self.resize(image, size, resample) for image in images]
+            images = [image if _has_size(image, size) else self.resize(image, size, resample) for image in images]
         data = {}
         if segmentation_maps is not None:
             labels = [
@@ -302,7 +302,7 @@ class RaptorImageProcessor(PilBackend):
             return values
 
         if not (do_rescale or do_normalize):
-            return images
+            return [image.copy() for image in images]  # without resizing they may be the caller's own arrays
         shape = images[0].shape
         if any(image.dtype != np.uint8 or image.shape != shape for image in images):
             return [apply(image) for image in images]
@@ -350,6 +350,16 @@ def _check_maps(segmentation_maps: list[np.ndarray], images: list[np.ndarray]) -
             )
         if np.issubdtype(labels.dtype, np.floating):
             raise ValueError(f"segmentation_maps[{index}] has dtype {labels.dtype}: labels must be integers")
+
+
+def _has_size(image: np.ndarray, size: SizeDict) -> bool:
+    """Whether resizing an image (C, H, W) would give the same bits: Pillow copies bytes that have the size already."""
+    if image.dtype != np.uint8:
+        return False  # Pillow gets other types as bytes, which changes them
+    height, width = image.shape[-2:]
+    if size.shortest_edge:
+        return min(height, width) == size.shortest_edge and not size.longest_edge
+    return (height, width) == (size.height, size.width)
 
 
 def _reduce_labels(labels: np.ndarray) -> np.ndarray:

@@ -131,6 +131,7 @@ def train_loader(
     max_failures: int = 100,
     augment: Augment | None = None,
     collate: Collate | None = None,
+    pin_memory: bool = False,
 ) -> ImageLoader:
     """Makes the batches of a training run, or of the rest of one.
 
@@ -156,6 +157,7 @@ def train_loader(
             and `num_workers` other than 0 may need it to be picklable.
         collate: makes tensors of the images and labels or maps of a batch, as those of `raptor_hf.transforms` do; None
             is the processor, and class labels as they are.
+        pin_memory: whether batches come in page-locked memory, which a GPU reads faster; of no effect without CUDA.
 
     Returns:
         The loader, with `num_steps - start_step` batches of B / n images.
@@ -171,7 +173,8 @@ def train_loader(
         raise ValueError(f"seed={seed} must not be negative")
     reader = _Reader(images, _collation(images, processor, collate), max_failures, augment, seed)
     # The loader seeds its workers; by a generator of its own it leaves torch's global one, the run's, alone.
-    options = {"num_workers": num_workers, "generator": torch.Generator().manual_seed(seed)}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_workers": num_workers, "generator": generator, "pin_memory": pin_memory}
     if images.streaming:
         rows = _Stream(images.dataset, seed if shuffle else None, shuffle_buffer)
         stream = _StreamedSteps(reader, rows, size, start_step, num_steps, process_index, num_processes)
@@ -193,6 +196,7 @@ def eval_loader(
     limit: int | None = None,
     max_failures: int = 100,
     collate: Collate | None = None,
+    pin_memory: bool = False,
 ) -> ImageLoader:
     """Makes batches of every image once, in the order of the set; those that cannot be read are left out.
 
@@ -210,6 +214,7 @@ def eval_loader(
         limit: use only so many images from the start of the set, all processes together.
         max_failures: unreadable images that each process puts up with.
         collate: as in `train_loader`.
+        pin_memory: as in `train_loader`.
 
     Returns:
         The loader; it may be iterated again. For a stream it has no length.
@@ -222,7 +227,8 @@ def eval_loader(
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit} must be positive, or None for all images")
     reader = _Reader(images, _collation(images, processor, collate), max_failures)
-    options = {"num_workers": num_workers, "persistent_workers": num_workers > 0, "generator": torch.Generator()}
+    options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": pin_memory}
+    options["persistent_workers"] = num_workers > 0
     if images.streaming:
         rows = _Stream(images.dataset, limit=limit)
         return _image_loader(_StreamedOnce(reader, rows, size, process_index, num_processes), max_failures, **options)
@@ -244,7 +250,8 @@ class EpochOrder:
         self.num_images = num_images
         self.seed = seed
         self._epoch = -1
-        self._permutation = torch.empty(0, dtype=torch.int64)  # of that epoch; a worker rarely needs two at a time
+        # of that epoch; a worker rarely needs two at a time. NumPy gives a single number sooner than torch.
+        self._permutation = np.empty(0, dtype=np.int64)
 
     def __call__(self, position: int) -> int:
         """Returns the index of the image at a position."""
@@ -253,7 +260,8 @@ class EpochOrder:
             return offset
         if epoch != self._epoch:
             mixed = int(np.random.SeedSequence([self.seed, epoch]).generate_state(1, np.uint64)[0])
-            self._permutation = torch.randperm(self.num_images, generator=torch.Generator().manual_seed(mixed))
+            generator = torch.Generator().manual_seed(mixed)
+            self._permutation = torch.randperm(self.num_images, generator=generator).numpy()
             self._epoch = epoch
         return int(self._permutation[offset])
 
@@ -487,6 +495,7 @@ def _worker() -> tuple[int, int]:
 
 
 def _image_loader(dataset: torch.utils.data.Dataset, max_failures: int, **options: Any) -> ImageLoader:
+    options["pin_memory"] &= torch.cuda.is_available()  # else the DataLoader warns
     return ImageLoader(DataLoader(dataset, batch_size=None, **options), max_failures)
 
 

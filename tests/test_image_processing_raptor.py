@@ -178,6 +178,36 @@ def test_settings_are_bit_equal_to_dinov2s_processor(settings, dinov2_processor)
         assert_same_output(RaptorImageProcessor(), dinov2_processor, image, return_tensors="np", **settings)
 
 
+@pytest.mark.parametrize("resample", Image.Resampling, ids=lambda resample: resample.name)
+@pytest.mark.parametrize("size", [{"height": 40, "width": 60}, {"shortest_edge": 40}], ids=str)
+def test_bytes_of_the_target_size_are_not_resized_and_have_the_same_bits(size, resample, monkeypatch):
+    settings = {"size": size, "resample": resample, "do_center_crop": False}
+    images = [photo(40, 60), noise(40, 60, 3, seed=1), noise(3, 40, 60, seed=2)]
+    expected = BitImageProcessorPil(**(DINOV2 | settings))(images, return_tensors="pt")["pixel_values"]
+    monkeypatch.setattr(RaptorImageProcessor, "resize", None)
+    assert torch.equal(RaptorImageProcessor(**settings)(images, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    "size", [{"height": 60, "width": 40}, {"shortest_edge": 60}, {"shortest_edge": 40, "longest_edge": 50}], ids=str
+)
+def test_bytes_of_another_size_and_floats_are_resized(size, dinov2_processor):
+    settings = {"size": size, "do_center_crop": False}
+    for image in (photo(40, 60), noise(40, 60, 3) / 255):
+        assert_same_output(RaptorImageProcessor(**settings), BitImageProcessorPil(**(DINOV2 | settings)), image)
+    # floats are rounded to bytes on their way through Pillow, also where they have the size
+    size = {"height": 40, "width": 60}
+    assert_same_output(RaptorImageProcessor(), dinov2_processor, noise(40, 60, 3) / 777, **settings | {"size": size})
+
+
+@pytest.mark.parametrize("crop_size", [30, None])
+def test_result_shares_no_memory_with_the_callers_array(crop_size):
+    image = noise(40, 60, 3)
+    off = {"do_rescale": False, "do_normalize": False, "do_center_crop": crop_size is not None, "crop_size": crop_size}
+    for size in ({"shortest_edge": 40}, {"shortest_edge": 50}):
+        assert not np.shares_memory(RaptorImageProcessor(size=size, **off)(image)["pixel_values"][0], image)
+
+
 def test_photo_equals_pillow_and_plain_arithmetic(processor):
     image = photo(300, 500)
     resized = image.resize((int(256 * 500 / 300), 256), Image.Resampling.BICUBIC)

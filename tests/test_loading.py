@@ -137,6 +137,19 @@ class TestTraining:
             list(eval_loader(digits, processor, batch_size=4, num_workers=num_workers))
         assert torch.equal(torch.get_rng_state(), expected)
 
+    @pytest.mark.filterwarnings("error")
+    @pytest.mark.parametrize("has_cuda", [False, True])
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_memory_is_pinned_where_asked_and_there_is_a_gpu(self, processor, monkeypatch, streaming, has_cuda):
+        images = open_images("digits", "test", streaming=streaming)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+        for make, options in ((train_loader, {"seed": 0, "num_steps": 1}), (eval_loader, {"limit": 4})):
+            asked = make(images, processor, batch_size=4, pin_memory=True, **options)
+            assert asked._loader.pin_memory is has_cuda
+            assert make(images, processor, batch_size=4, **options)._loader.pin_memory is False
+            if not has_cuda:
+                assert len(list(asked)) == 1  # and no warning
+
     @pytest.mark.parametrize("streaming", [False, True])
     def test_workers_can_be_started_afresh_instead_of_forked(self, processor, streaming):
         images = open_images("digits", "test", streaming=streaming)

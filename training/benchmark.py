@@ -71,20 +71,31 @@ def main() -> None:
     settings = parse_settings(BenchmarkSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
-        device = torch.device(settings.device)
-        torch.zeros(1, device=device)
+        device = open_device(settings.device)
         output_dir = Path(settings.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     for part in settings.parts:
         logger.info("%s", part)
-        facts = {"num_threads": torch.get_num_threads(), **describe_environment(device)}
+        facts = {"device_type": device.type, "num_threads": torch.get_num_threads(), **describe_environment(device)}
         write_json(output_dir / f"{part}.json", PARTS[part](settings, device) | facts)
     records = {part: json.loads(path.read_text()) for part in PARTS if (path := output_dir / f"{part}.json").exists()}
     page = benchmark_report.page(records, fidelity_pages(output_dir))
     write_text_atomically(output_dir / "README.md", page)
     print(page)
+
+
+def open_device(name: str) -> torch.device:
+    """The device of a name, tried.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device is {name!r}, which cannot be used here: {error}") from error
 
 
 def fidelity_pages(output_dir: Path) -> list[str]:
@@ -123,14 +134,15 @@ def run_forward(settings: BenchmarkSettings, device: torch.device) -> dict[str, 
     """Part 1: latency eager and compiled, memory, disk, start-up, compile time."""
     planner = Planner(settings, device)
     record: dict[str, Any] = {"forward": [], "memory": [], "disk_and_start": []}
+    # compiling takes a minute per model
+    compiled_batch = sorted(settings.batch_sizes)[len(settings.batch_sizes) // 2]
     for size in settings.sizes:
         for dtype in settings.dtypes:
             for batch_size in settings.batch_sizes:
                 repeats = planner.repeats(size, batch_size, dtype, 1, len(benchmark_forward.STUDENTS) + 1)
-                # compiling takes a minute per model: once per size, at the middle batch
-                for compiled in (False, True) if [batch_size] == sorted(settings.batch_sizes)[1:2] else (False,):
-                    if repeats is None:
-                        continue
+                if repeats is None:
+                    continue
+                for compiled in (False, True) if batch_size == compiled_batch else (False,):
                     rows = benchmark_forward.compare_forward(
                         size,
                         batch_size,
@@ -146,8 +158,8 @@ def run_forward(settings: BenchmarkSettings, device: torch.device) -> dict[str, 
         batch_size = min(8, max(settings.batch_sizes))
         memory = benchmark_forward.peak_memories(size, batch_size, device)
         record["memory"].append({"size": size, "batch_size": batch_size, "bytes": memory})
-        record["disk_and_start"].append(benchmark_forward.disk_and_start(size, repeats=3))
-    record["compile"] = benchmark_forward.compile_seconds()
+        record["disk_and_start"].append(benchmark_forward.disk_and_start(size, 3, device))
+    record["compile"] = benchmark_forward.compile_seconds(device)
     return record | {"left_out": planner.left_out}
 
 

@@ -28,23 +28,27 @@ STUDENTS: dict[str, dict[str, Any]] = {
 # layers and blocks of the students whose compile times are compared
 COMPILED_SHAPES = ((12, 2), (24, 2), (12, 4), (24, 4))
 COMPILE_PROGRAM = """
-import time, torch
+import os
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+import time
+import torch
 from raptor_hf import RaptorConfig, RaptorModel
-layers, blocks = {layers}, {blocks}
-repeats = [layers // blocks] * blocks
-config = RaptorConfig(block_repeats=repeats, num_hidden_layers=layers, **{shape})
-model = torch.compile(RaptorModel(config).eval())
+torch.set_num_threads({threads})
+config = RaptorConfig(block_repeats={repeats}, num_hidden_layers={layers}, **{shape})
+model = torch.compile(RaptorModel(config).eval().to({device!r}))
+images = torch.randn(2, 3, config.image_size, config.image_size, device={device!r})
 with torch.no_grad():
     began = time.perf_counter()
-    model(torch.randn(2, 3, config.image_size, config.image_size))
+    model(images).last_hidden_state.sum().item()
     print(time.perf_counter() - began)
 """
 START_PROGRAM = """
 import torch
-import raptor_hf
-from transformers import AutoModel
+{imported}from transformers import AutoModel
+torch.set_num_threads({threads})
 with torch.no_grad():
-    AutoModel.from_pretrained({folder!r})(torch.zeros(1, 3, {side}, {side}))
+    model = AutoModel.from_pretrained({folder!r}).to({device!r})
+    model(torch.zeros(1, 3, {side}, {side}, device={device!r})).last_hidden_state.sum().item()
 """
 
 
@@ -77,13 +81,24 @@ def compare_forward(
     """
     Latency of all students against the teacher, in turn in one process.
 
+    Args:
+        size: of `SHAPES`.
+        batch_size: images.
+        device: where.
+        dtype: of weights and images.
+        compiled: whether all of them are compiled.
+        repeats: repetitions that are timed.
+        warmup: repetitions before these.
+
     Returns:
-        a JSON-able row per student; `ratio` is the student's time over the teacher's, below 1 is faster.
+        A JSON-able row per student; `ratio` is the student's time over the teacher's, below 1 is faster.
     """
     names = [TEACHER, *STUDENTS]
     images = images_of(size, batch_size).to(device, dtype)
     models: list[Callable[[Tensor], Any]] = [build(size, name).to(device, dtype) for name in names]
     if compiled:
+        # what earlier rows compiled counts towards the limit of graphs per function, past which it stays eager
+        torch.compiler.reset()
         models = [torch.compile(model) for model in models]
     with torch.no_grad():
         calls = [partial(model, images) for model in models]
@@ -121,8 +136,8 @@ def _forward(size: str, batch_size: int, name: str, device: torch.device) -> Non
         build(size, name).to(device)(images_of(size, batch_size).to(device))
 
 
-def disk_and_start(size: str, repeats: int) -> dict[str, Any]:
-    """Bytes of the saved weights, and seconds from the start of a process to its first output, import included."""
+def disk_and_start(size: str, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Bytes of the saved weights, and seconds of a process that imports, loads them, and gives its first output."""
     record: dict[str, Any] = {"size": size, "disk_bytes": {}, "start_seconds": {TEACHER: [], "mlp": []}}
     with tempfile.TemporaryDirectory() as root:
         folders = {name: Path(root) / name.replace(", ", "-") for name in (TEACHER, *STUDENTS)}
@@ -131,20 +146,30 @@ def disk_and_start(size: str, repeats: int) -> dict[str, Any]:
             record["disk_bytes"][name] = (folder / "model.safetensors").stat().st_size
         for _ in range(repeats):
             for name, seconds in record["start_seconds"].items():
-                program = START_PROGRAM.format(folder=str(folders[name]), side=SHAPES[size]["image_size"])
-                if name == TEACHER:  # the users of a teacher do not import this package
-                    program = program.replace("import raptor_hf\n", "")
+                program = START_PROGRAM.format(
+                    imported="" if name == TEACHER else "import raptor_hf\n",  # who uses a teacher does not
+                    folder=str(folders[name]),
+                    side=SHAPES[size]["image_size"],
+                    device=str(device),
+                    threads=torch.get_num_threads(),
+                )
                 seconds += fresh_process_seconds(program, 1)
     return record
 
 
-def compile_seconds(shapes: Sequence[tuple[int, int]] = COMPILED_SHAPES, repeats: int = 1) -> list[dict[str, Any]]:
+def compile_seconds(
+    device: torch.device, shapes: Sequence[tuple[int, int]] = COMPILED_SHAPES, repeats: int = 1
+) -> list[dict[str, Any]]:
     """Seconds of the first call of a compiled student with (layers, blocks), in a fresh process without a cache."""
-    shape = {key: value for key, value in SHAPES["digits"].items()}
     records = []
     for layers, blocks in shapes:
-        program = COMPILE_PROGRAM.format(layers=layers, blocks=blocks, shape=shape)
-        program = "import os; os.environ['TORCHINDUCTOR_FORCE_DISABLE_CACHES'] = '1'\n" + program
+        program = COMPILE_PROGRAM.format(
+            layers=layers,
+            repeats=[layers // blocks] * blocks,
+            shape=SHAPES["digits"],
+            device=str(device),
+            threads=torch.get_num_threads(),
+        )
         seconds = fresh_process_seconds(program, repeats)
         records.append({"num_layers": layers, "num_blocks": blocks, "seconds": seconds})
     return records

@@ -4,10 +4,9 @@ Both sides run the teacher once per step, transformers' own model, and take one 
 goes from block to block. training/benchmark.py calls this file and writes what it finds.
 """
 
-import contextlib
+import gc
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from distill import block_parameters
 from reference_loop import ReferenceLoop
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -67,45 +67,49 @@ class TrainingCase:
     autocast: torch.dtype | None = None
     compile: bool = False
 
-
-def build_steps(case: TrainingCase, learning_rate: float = 1e-4) -> tuple[Callable[[], float], "OurLoop", Tensor]:
-    """The reference's step, ours, and the images, with equal weights in both students."""
-    torch.manual_seed(0)
-    shape = SHAPES[case.size]
-    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape))
-    student = student_from_teacher(
-        model,
-        BLOCK_REPEATS,
-        seed=0,
-        depth_conditioning="scale",
-        ffn_type=case.ffn_type,
-        intermediate_size=4 * shape["hidden_size"],
-        layerscale_value=0.1,  # of a trained block rather than a new one, so that losses mean something
-    ).to(case.device)
-    images = torch.randn(case.batch_size, 3, shape["image_size"], shape["image_size"], device=case.device)
-    reference = ReferenceLoop(student.base_model, learning_rate)
-    ours = OurLoop(Teacher(model.to(case.device)), student, case, images, learning_rate)
-    return partial(reference_step, reference, model, images, case), ours, images
+    @property
+    def precision(self) -> str:
+        """Of ours, in words."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
 
 
-def reference_step(
-    loop: ReferenceLoop, teacher: nn.Module, images: Tensor, case: TrainingCase, update: bool = True
-) -> float:
-    """One step of the reference; without `update` its losses alone, with their graph."""
-    with torch.no_grad():
-        activations = teacher(images, output_hidden_states=True).hidden_states
-    stage, forcing = STAGES[case.stage]
-    if stage == 2:
-        return loop.stage2_step(activations) if update else loop.stage2_loss(activations)
-    if update:
-        return loop.stage1_step(activations, forcing)
-    return sum(
-        loop.stage1_loss(block, layers, activations, forcing)
-        for block, layers in zip(loop.blocks, loop.layers, strict=True)
-    )
+class ReferenceStep:
+    """A step of the reference loop, the teacher's pass included.
+
+    Args:
+        loop: what is trained.
+        teacher: transformers' own model.
+        case: what is measured.
+        images: (B, 3, H, W).
+    """
+
+    def __init__(self, loop: ReferenceLoop, teacher: nn.Module, case: TrainingCase, images: Tensor) -> None:
+        self.loop, self.teacher, self.images = loop, teacher, images
+        self.stage, self.forcing = STAGES[case.stage]
+
+    def __call__(self) -> float:
+        """Takes the step; the loss before it."""
+        states = self.states()
+        return self.loop.stage2_step(states) if self.stage == 2 else self.loop.stage1_step(states, self.forcing)
+
+    def states(self) -> tuple[Tensor, ...]:
+        """States 0..L of the teacher, each (B, T, D)."""
+        with torch.no_grad():
+            return self.teacher(self.images, output_hidden_states=True).hidden_states
+
+    def saved_bytes(self) -> int:
+        """Activations saved at once, without the teacher's states; in stage 1, block by block, those of the largest."""
+        states = self.states()
+        losses = [partial(self.loop.stage2_loss, states)]
+        if self.stage == 1:
+            losses = [
+                partial(self.loop.stage1_loss, block, states, self.forcing) for block in range(len(self.loop.blocks))
+            ]
+        exclude = [*states, *self.loop.blocks.parameters()]
+        return max(saved_bytes(loss, exclude) for loss in losses)
 
 
-class OurLoop:
+class OurStep:
     """The step of distill.py without its data, logs and checks.
 
     Args:
@@ -119,12 +123,20 @@ class OurLoop:
     def __init__(
         self, teacher: Teacher, student: nn.Module, case: TrainingCase, images: Tensor, learning_rate: float
     ) -> None:
-        self.teacher, self.case, self.images = teacher, case, images
+        self.teacher, self.images, self.autocast = teacher, images, case.autocast
+        self.stage, self.forcing = STAGES[case.stage]
         self.student = student.requires_grad_(False).train()
         self.groups = [block_parameters(student, block) for block in range(student.config.num_blocks)]
-        for parameter in sum(self.groups, []):
+        # in stage 1 one after the other, as distill.py does in a single process
+        self.blocks_at_once = [(block,) for block in range(student.config.num_blocks)]
+        if self.stage == 2:
+            self.groups, self.blocks_at_once = [sum(self.groups, [])], [None]
+        trained = sum(self.groups, [])
+        for parameter in trained:
             parameter.requires_grad_(True)
         if case.compile:
+            # what earlier cases compiled counts towards the limit of graphs per function, past which it stays eager
+            torch.compiler.reset()
             for block in student.base_model.encoder.blocks:
                 block.compile()
         self.task = DistillationTask(
@@ -133,64 +145,99 @@ class OurLoop:
             stage1_weights=[0.34, 0.33, 0.33],
             stage2_weights=[0.45, 0.10, 0.45],
         )
-        self.optimizer = torch.optim.AdamW(sum(self.groups, []), lr=learning_rate, weight_decay=1e-4, fused=True)
-
-    def loss(self) -> Tensor:
-        """The loss with its graph, the teacher's pass included."""
-        stage, forcing = STAGES[self.case.stage]
-        device, dtype = self.images.device.type, self.case.autocast
-        context = torch.autocast(device, dtype) if dtype else contextlib.nullcontext()
-        with context:
-            states = self.teacher.trajectory(self.images)
-            return self.task(states, stage=stage, forcing=forcing)["loss"]
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=1e-4, fused=True)
 
     def __call__(self) -> float:
-        loss = self.loss()
-        loss.backward()
-        groups = self.groups if self.case.stage != "2" else [sum(self.groups, [])]
-        for group in groups:
+        """Takes the step; the loss before it."""
+        states, total = self.states(), 0.0
+        for blocks in self.blocks_at_once:
+            loss = self.loss(states, blocks)
+            loss.backward()
+            total += loss.detach()
+        for group in self.groups:
             nn.utils.clip_grad_norm_(group, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item()
+        return total.item()
+
+    def states(self) -> Tensor:
+        """States 0..L of the teacher, (B, L + 1, T, D)."""
+        with self._precision():
+            return self.teacher.trajectory(self.images)
+
+    def loss(self, states: Tensor, blocks: tuple[int, ...] | None = None) -> Tensor:
+        """The loss with its graph; in stage 1 of some blocks, None for all."""
+        with self._precision():
+            return self.task(states, stage=self.stage, forcing=self.forcing, blocks=blocks)["loss"]
+
+    def saved_bytes(self) -> int:
+        """Activations saved at once, without the teacher's states."""
+        states = self.states()
+        excluded = [states, *self.student.parameters()]
+        return max(saved_bytes(partial(self.loss, states, blocks), excluded) for blocks in self.blocks_at_once)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.images.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def build_steps(case: TrainingCase, learning_rate: float = 1e-4) -> tuple[ReferenceStep, OurStep]:
+    """The steps of both sides, with the same teacher and images, and equal weights in both students."""
+    torch.manual_seed(0)
+    shape = SHAPES[case.size]
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape)).eval()
+    student = student_from_teacher(
+        model,
+        BLOCK_REPEATS,
+        seed=0,
+        depth_conditioning="scale",
+        ffn_type=case.ffn_type,
+        intermediate_size=4 * shape["hidden_size"],
+        layerscale_value=0.1,  # of a trained block rather than a new one, so that losses mean something
+    ).to(case.device)
+    images = torch.randn(case.batch_size, 3, shape["image_size"], shape["image_size"], device=case.device)
+    reference = ReferenceLoop(student.base_model, learning_rate)
+    ours = OurStep(Teacher(model.to(case.device)), student, case, images, learning_rate)
+    return ReferenceStep(reference, model, case, images), ours
 
 
 def compare_training(case: TrainingCase, repeats: int, warmup: int) -> dict[str, Any]:
     """
     Time, saved activations and MFU of both.
 
+    Args:
+        case: what is measured.
+        repeats: repetitions that are timed, of both sides.
+        warmup: repetitions before these.
+
     Returns:
-        a JSON-able row; `loss_difference` is relative, of the first step; `floor_seconds` the FLOPs of our step over
+        A JSON-able row; `loss_difference` is relative, of the first step; `floor_seconds` the FLOPs of our step over
         the matmul peak of our precision, measured in the same run.
     """
-    reference, ours, images = build_steps(case)
+    reference, ours = build_steps(case)
     losses = reference(), ours()
     peaks = {
         "reference": matmul_peak(case.device, torch.float32),
         "ours": matmul_peak(case.device, case.autocast or torch.float32),
     }
     times = alternate([reference, ours], repeats=repeats, warmup=warmup, device=case.device)
-    comparison = Comparison(times[0].tolist(), times[1].tolist())
-    eager = ours if not case.compile else build_steps(without_compile(case))[1]
+    comparison = Comparison(*times.tolist())
+    # neither FLOPs nor saved activations are seen in compiled code
+    eager = build_steps(replace(case, compile=False))[1] if case.compile else ours
     flops = {"reference": count_flops(reference), "ours": count_flops(eager)}
-    loop, model = reference.args[0], reference.args[1]
-    teacher_weights = [images, *model.parameters()]
-    saved = {
-        "reference": saved_bytes(partial(reference, update=False), [*teacher_weights, *loop.blocks.parameters()]),
-        "ours": saved_bytes(eager.loss, [*teacher_weights, *eager.student.parameters()]),
-    }
     seconds = dict(zip(("reference", "ours"), np.median(times, axis=1).tolist(), strict=True))
     return {
         "size": case.size,
         "batch_size": case.batch_size,
         "ffn_type": case.ffn_type,
         "stage": case.stage,
-        "precision": str(case.autocast or torch.float32).removeprefix("torch."),
+        "precision": case.precision,
         "compiled": case.compile,
         "seconds": seconds,
-        **{key: value for key, value in comparison.to_dict().items() if key.startswith(("speedup", "repeats"))},
+        "speedup": comparison.speedup,
+        "speedup_quartiles": list(comparison.quartiles),
+        "repeats": repeats,
         "images_per_second": {name: case.batch_size / value for name, value in seconds.items()},
-        "saved_bytes": saved,
+        "saved_bytes": {"reference": reference.saved_bytes(), "ours": eager.saved_bytes()},
         "flops": flops,
         "matmul_peak": peaks,
         "mfu": {name: flops[name] / seconds[name] / peaks[name] for name in seconds},
@@ -199,36 +246,41 @@ def compare_training(case: TrainingCase, repeats: int, warmup: int) -> dict[str,
     }
 
 
-def without_compile(case: TrainingCase) -> TrainingCase:
-    """The same case, eager."""
-    return TrainingCase(case.size, case.batch_size, case.ffn_type, case.stage, case.device, case.autocast)
-
-
 def peak_memories(case: TrainingCase) -> dict[str, int]:
     """Peak memory in bytes of two steps of either side, models included, each in a process of its own on a CPU."""
     return {name: peak_memory(partial(_two_steps, case, name), case.device) for name in ("reference", "ours")}
 
 
 def _two_steps(case: TrainingCase, name: str) -> None:
-    reference, ours, _ = build_steps(case)
-    step = reference if name == "reference" else ours
+    step = build_steps(case)[("reference", "ours").index(name)]
+    gc.collect()  # the other side's student
     step()
     step()
 
 
 def profile_step(case: TrainingCase, steps: int = 5) -> dict[str, Any]:
-    """Where the time of our step goes: shares of self time by kind of operator, and the slowest operators."""
-    _, step, _ = build_steps(case)
+    """
+    Where the time of our step goes.
+
+    Args:
+        case: what is profiled.
+        steps: that are recorded, after one that is not.
+
+    Returns:
+        A JSON-able row: `shares` of the operators' own time by kind (see `OPERATORS`), and the `slowest` operators.
+    """
+    _, step = build_steps(case)
     step()
-    activities = [ProfilerActivity.CPU]
-    if case.device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
+    on_gpu = case.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
         for _ in range(steps):
             step()
     times = Counter()
     for event in recorded.key_averages():
-        times[event.key] = event.self_device_time_total if case.device.type == "cuda" else event.self_cpu_time_total
+        # kernels of a GPU are listed again, beside the operators that launched them
+        if event.device_type == DeviceType.CPU:
+            times[event.key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
     total = sum(times.values())
     kinds = Counter()
     for name, microseconds in times.items():
@@ -239,7 +291,7 @@ def profile_step(case: TrainingCase, steps: int = 5) -> dict[str, Any]:
         "size": case.size,
         "batch_size": case.batch_size,
         "stage": case.stage,
-        "precision": str(case.autocast or torch.float32).removeprefix("torch."),
+        "precision": case.precision,
         "shares": dict(kinds.most_common()),
         "slowest": slowest,
     }

@@ -34,6 +34,7 @@ from raptor_hf.distillation import DistillationTask, LayerVariance, TrajectoryLo
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.loading import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
+from raptor_hf.optimizers import make_optimizer
 from raptor_hf.phases import (
     Partition,
     boundary_stability,
@@ -92,6 +93,8 @@ class DistillSettings:
     stage1_steps: int = 312_500
     stage2_steps: int = 312_500
     batch_size: int = 64
+    # "muon": for the matrices, with AdamW for everything else; no FSDP
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-4
     final_learning_rate: float = 1e-6
     warmup_steps: int = 10_000
@@ -172,6 +175,7 @@ def main() -> None:
             project_dir=str(Path(settings.output_dir) / "logs") if settings.tracker else None,
         )
         warn_if_single_thread(logger, accelerator)
+        check_optimizer(settings, accelerator)
         # the weights have a generator of their own; every process draws input noise of its own
         set_seed(settings.seed, device_specific=True)
         teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
@@ -194,6 +198,7 @@ def main() -> None:
         num_processes=accelerator.num_processes,
         num_workers=settings.num_workers,
         max_failures=settings.max_decode_failures,
+        pin_memory=accelerator.device.type == "cuda",
     )
     partition, variance = phases_of(teacher, loader, settings, accelerator)
     seconds["phases"] = time.perf_counter() - began
@@ -213,8 +218,12 @@ def main() -> None:
         input_noise=settings.input_noise,
     )
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=has_fused_adamw(accelerator)
+    optimizer = make_optimizer(
+        settings.optimizer,
+        trainable,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=has_fused_adamw(accelerator),
     )
     task, optimizer = accelerator.prepare(task, optimizer)
 
@@ -404,6 +413,16 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
     return student.train()
 
 
+def check_optimizer(settings: DistillSettings, accelerator: Accelerator) -> None:
+    """Refuses Muon where it cannot be: before any work starts."""
+    if settings.optimizer != "muon":
+        return
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer is 'muon', which needs PyTorch 2.9 or newer; this is {torch.__version__}")
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError("optimizer is 'muon', which needs whole matrices; with FSDP take 'adamw'")
+
+
 def has_fused_adamw(accelerator: Accelerator) -> bool:
     """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
     return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP
@@ -525,18 +544,30 @@ class Run:
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
         """Gradients of one batch, in as many parts as they are accumulated over; the mean losses."""
         accelerator, parts = self.accelerator, self.settings.gradient_accumulation_steps
-        blocks = None if self.settings.train_block is None else (self.settings.train_block,)
+        groups = self.blocks_at_once(stage)
         totals: dict[str, Tensor] = {}
         for index, images in enumerate(pixel_values.to(accelerator.device, non_blocking=True).chunk(parts)):
             with torch.no_grad(), accelerator.autocast():
                 states = self.teacher.trajectory(images)
-            # gradients are exchanged between processes once, with the last part
-            with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():
-                losses = self.task(states, stage=stage, forcing=forcing, blocks=blocks)
-                accelerator.backward(losses["loss"] / parts)
-            for name, value in losses.items():
-                totals[name] = totals.get(name, 0) + value.detach() / parts
+            for blocks in groups:
+                # gradients are exchanged between processes once, with the last part
+                with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():
+                    losses = self.task(states, stage=stage, forcing=forcing, blocks=blocks)
+                    accelerator.backward(losses["loss"] / parts)
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0) + value.detach() / parts
         return totals
+
+    def blocks_at_once(self, stage: int) -> list[tuple[int, ...] | None]:
+        """
+        The blocks of each backward pass, None for all: one after the other in stage 1, so that the activations of one
+        are kept at a time. Several processes exchange the gradients of all blocks in a single pass.
+        """
+        if self.settings.train_block is not None:
+            return [(self.settings.train_block,)]
+        if stage == 2 or self.accelerator.num_processes > 1:
+            return [None]
+        return [(block,) for block in range(self.student.config.num_blocks)]
 
     def clip_gradients(self, stage: int) -> bool:
         """Clips, per block in stage 1, whose blocks are trained as if alone; whether all gradients are finite."""
@@ -642,6 +673,7 @@ class Run:
             num_workers=settings.num_workers,
             limit=limit,
             max_failures=settings.max_decode_failures,
+            pin_memory=accelerator.device.type == "cuda",
         )
         return tqdm(batches, "evaluation", disable=not accelerator.is_main_process, leave=False)
 

@@ -71,7 +71,8 @@ class ReferenceLoop:
     """The two stages over activations of the teacher.
 
     Args:
-        model: a "scale" student whose weights the blocks start from.
+        model: a student whose weights the blocks start from, with "scale" conditioning, contiguous phases, and a
+            teacher with registers.
         learning_rate: of AdamW, with the published weight decay.
     """
 
@@ -84,9 +85,11 @@ class ReferenceLoop:
             own = ReferenceBlock(
                 config.hidden_size, config.num_attention_heads, config.intermediate_size, config.ffn_type
             )
-            weights = block.state_dict(), conditioner.state_dict()
-            names = BLOCK_NAMES, CONDITIONER_NAMES
-            own.load_state_dict({a: w[b].clone() for w, n in zip(weights, names, strict=True) for a, b in n.items()})
+            weights, gains = block.state_dict(), conditioner.state_dict()
+            own.load_state_dict(
+                {name: weights[ours] for name, ours in BLOCK_NAMES.items()}
+                | {name: gains[ours] for name, ours in CONDITIONER_NAMES.items()}
+            )
             for norm in (own.norm1, own.norm2):
                 norm.eps = config.block_layer_norm_eps
             self.blocks.append(own.to(model.device))
@@ -108,16 +111,15 @@ class ReferenceLoop:
             The sum of the blocks' losses.
         """
         total = 0.0
-        for block, layers, optimizer in zip(self.blocks, self.layers, self.block_optimizers, strict=True):
-            loss = self.stage1_loss(block, layers, activations, forcing)
+        for index, (block, optimizer) in enumerate(zip(self.blocks, self.block_optimizers, strict=True)):
+            loss = self.stage1_loss(index, activations, forcing)
             self._step(loss, block, optimizer)
             total += loss.item()
         return total
 
-    def stage1_loss(
-        self, block: nn.Module, layers: Sequence[int], activations: Sequence[Tensor], forcing: float
-    ) -> Tensor:
-        """lambda L_TF + (1 - lambda) L_AR of one block, a part of weight 0 left out."""
+    def stage1_loss(self, index: int, activations: Sequence[Tensor], forcing: float) -> Tensor:
+        """lambda L_TF + (1 - lambda) L_AR of the block number `index`, a part of weight 0 left out."""
+        block, layers = self.blocks[index], self.layers[index]
         weights = (0.34, 0.33, 0.33) if layers[-1] == self.num_layers else None
         loss = 0.0
         if forcing > 0:

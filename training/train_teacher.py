@@ -132,7 +132,7 @@ def main() -> None:
         processor = BitImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_mean=half, image_std=half)
         share = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
         share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-        share |= {"max_failures": settings.max_decode_failures}
+        share |= {"max_failures": settings.max_decode_failures, "pin_memory": accelerator.device.type == "cuda"}
         batches = partial(train_loader, train_images, processor, seed=settings.seed, num_steps=settings.steps, **share)
         test_batches = eval_loader(test_images, processor, **share)
         set_seed(settings.seed)
