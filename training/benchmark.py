@@ -5,9 +5,9 @@
     python training/benchmark.py --device cuda --dtypes float32 bfloat16 --output_dir runs/benchmark_gpu
 
 Parts: "forward", students against transformers' own DINOv2 with registers; "training", a step against the plain loop
-of reference_loop.py; "growth" of a step with its sizes; "input", the loader against what a step eats. Each writes
-a JSON file to output_dir, and all of them together README.md there. Time to fidelity is a study of its own:
-training/configs/time_to_fidelity_*.yaml.
+of reference_loop.py; "candidates", what was tried to make it cheaper; "growth" of a step with its sizes; "input", the
+loader against what a step eats. Each writes a JSON file to output_dir, and all of them together README.md there. Time to
+fidelity is a study of its own: training/configs/time_to_fidelity_*.yaml.
 """
 
 import json
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import benchmark_candidates
 import benchmark_forward
 import benchmark_report
 import benchmark_training
@@ -41,8 +42,9 @@ H100_PEAK = 989e12
 class BenchmarkSettings:
     """What is measured."""
 
-    parts: list[str] = field(default_factory=lambda: ["forward", "training", "growth", "input"])
+    parts: list[str] = field(default_factory=lambda: list(PARTS))
     sizes: list[str] = field(default_factory=lambda: list(SHAPES))
+    compiled_sizes: list[str] = field(default_factory=lambda: ["digits", "vits14"])  # a minute per model
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64])
     dtypes: list[str] = field(default_factory=lambda: ["float32"])  # on a GPU also bfloat16
     device: str = "cpu"
@@ -117,13 +119,17 @@ class Planner:
         self.flops: dict[str, int] = {}
         self.left_out: list[str] = []
 
-    def repeats(self, size: str, batch_size: int, dtype: str, passes: int, calls: int) -> int | None:
-        """How often to repeat a row of `calls` calls of `passes` forward passes each; None to leave it out."""
+    def seconds(self, size: str, batch_size: int, dtype: str, passes: int) -> float:
+        """About what a call of `passes` forward passes takes."""
         if size not in self.flops:
             model, images = benchmark_forward.build(size, "teacher"), benchmark_forward.images_of(size, 1)
             self.flops[size] = count_flops(lambda: model(images))
         # overhead of small sizes, and operators that are no matrix products
-        seconds = 0.02 + 1.4 * passes * batch_size * self.flops[size] / self.peaks[dtype]
+        return 0.02 + 1.4 * passes * batch_size * self.flops[size] / self.peaks[dtype]
+
+    def repeats(self, size: str, batch_size: int, dtype: str, passes: int, calls: int) -> int | None:
+        """How often to repeat a row of `calls` calls of `passes` forward passes each; None to leave it out."""
+        seconds = self.seconds(size, batch_size, dtype, passes)
         if seconds > self.settings.max_call_seconds:
             self.left_out.append(f"{size}, batch {batch_size}, {dtype}: about {seconds:.0f} s a call")
             return None
@@ -134,7 +140,6 @@ def run_forward(settings: BenchmarkSettings, device: torch.device) -> dict[str, 
     """Part 1: latency eager and compiled, memory, disk, start-up, compile time."""
     planner = Planner(settings, device)
     record: dict[str, Any] = {"forward": [], "memory": [], "disk_and_start": []}
-    # compiling takes a minute per model
     compiled_batch = sorted(settings.batch_sizes)[len(settings.batch_sizes) // 2]
     for size in settings.sizes:
         for dtype in settings.dtypes:
@@ -142,7 +147,8 @@ def run_forward(settings: BenchmarkSettings, device: torch.device) -> dict[str, 
                 repeats = planner.repeats(size, batch_size, dtype, 1, len(benchmark_forward.STUDENTS) + 1)
                 if repeats is None:
                     continue
-                for compiled in (False, True) if batch_size == compiled_batch else (False,):
+                is_compiled = batch_size == compiled_batch and size in settings.compiled_sizes
+                for compiled in (False, True) if is_compiled else (False,):
                     rows = benchmark_forward.compare_forward(
                         size,
                         batch_size,
@@ -209,6 +215,21 @@ def training_cases(size: str, batch_size: int, dtype: str, device: torch.device)
     return cases
 
 
+def run_candidates(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
+    """What was tried to make a step cheaper, at sizes that are not too long."""
+    planner, rows = Planner(settings, device), []
+    for size in settings.sizes:
+        for batch_size in sorted(settings.batch_sizes, reverse=True):
+            calls = 1 + len(benchmark_candidates.CANDIDATES)
+            seconds = planner.seconds(size, batch_size, settings.dtypes[0], 4)
+            if seconds < settings.max_row_seconds / calls:  # else a smaller batch
+                repeats = int(min(settings.repeats, max(3, settings.max_row_seconds / (calls * seconds))))
+                case = TrainingCase(size, batch_size, "mlp", "2", device)
+                rows += benchmark_candidates.compare_candidates(case, repeats, 1)
+                break
+    return {"candidates": rows}
+
+
 def run_growth(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
     """Part 4: how a step grows, phases, processes."""
     return {
@@ -240,6 +261,7 @@ def log_row(row: dict[str, Any], what: str) -> None:
 PARTS: dict[str, Callable[[BenchmarkSettings, torch.device], dict[str, Any]]] = {
     "forward": run_forward,
     "training": run_training,
+    "candidates": run_candidates,
     "growth": run_growth,
     "input": run_input,
 }

@@ -65,7 +65,14 @@ def page(records: Mapping[str, dict[str, Any]], fidelity: Sequence[str] = ()) ->
         ]
         titles = ["", "", "the worst row, which counts", "measured", "target"]
         parts += ["## Targets", markdown_table(titles, rows, 3)]
-    writers = {"forward": forward_part, "training": training_part, "growth": growth_part, "input": input_part}
+    writers = {
+        "forward": forward_part,
+        "training": training_part,
+        "candidates": candidates_part,
+        "candidates": candidates_part,
+        "growth": growth_part,
+        "input": input_part,
+    }
     for part, writer in writers.items():
         if part in records:
             parts += writer(records[part])
@@ -244,6 +251,26 @@ def training_part(record: dict[str, Any]) -> list[str]:
 def traffic_seconds(row: dict[str, Any], bandwidth: float) -> float:
     """Seconds that our saved activations take to be written once and read once, at so many bytes per second."""
     return 2 * row["saved_bytes"]["ours"] / bandwidth
+
+
+def candidates_part(record: dict[str, Any]) -> list[str]:
+    """What was tried to make a step cheaper."""
+    rows = [
+        [
+            row["candidate"],
+            row["outcome"],
+            f"{NAMES[row['size']]}, batch {row['batch_size']}",
+            f"{row['speedup']:.2f} [{row['speedup_quartiles'][0]:.2f}, {row['speedup_quartiles'][1]:.2f}]",
+            "-" if row["saved_ratio"] is None else f"{row['saved_ratio']:.2f}",
+        ]
+        for row in record["candidates"]
+    ]
+    titles = ["candidate", "outcome", "size", "times the step as it is", "saved activations, of its"]
+    return [
+        "## What was tried",
+        "Our step of stage 2 in fp32 against the same step with one thing changed: above 1 the change is faster.",
+        markdown_table(titles, rows, 3),
+    ]
 
 
 def growth_part(record: dict[str, Any]) -> list[str]:
