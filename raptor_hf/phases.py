@@ -114,6 +114,12 @@ class Partition:
             raise ValueError(f"blocks={self.blocks} are fragmented and have no phases; use layer_to_block")
         return [(block[0] - 1, block[-1]) for block in self.blocks]
 
+    def __str__(self) -> str:
+        """Phases as [1-7][8-10], in layers; the layers of each block where they are no phases."""
+        if self.is_contiguous:
+            return "".join(f"[{start + 1}-{end}]" for start, end in self.phases)
+        return " ".join(str(list(layers)) for layers in self.blocks)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what `from_dict` reads, in JSON types only."""
         return {"blocks": [list(block) for block in self.blocks], "method": self.method, "objective": self.objective}

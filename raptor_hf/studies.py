@@ -209,7 +209,7 @@ def written_z(entry: Mapping[str, Any]) -> str:
 def _draws_sentence(reference: str, label: str, kinds: Mapping[str, Mapping[str, Sequence[Record]]]) -> str:
     """Which partition was found, how many different ones were drawn, and how often the found one was among them."""
     found = [partition_of(run) for run in kinds[reference][label]]
-    text = f"{label}: {reference} takes {' or '.join(sorted({describe_partition(one) for one in found}))}"
+    text = f"{label}: {reference} takes {' or '.join(sorted(set(map(str, found))))}"
     for other, labels in kinds.items():
         drawn = [partition_of(run) for run in labels.get(label, ())]
         if other == reference or not drawn:
@@ -224,13 +224,6 @@ def _draws_sentence(reference: str, label: str, kinds: Mapping[str, Mapping[str,
 def partition_of(record: Record) -> Partition:
     """The partition that a run was made with."""
     return Partition(tuple(map(tuple, record["blocks"])))
-
-
-def describe_partition(partition: Partition) -> str:
-    """Phases as [1-7][8-10]; the layers of each block where they are no phases."""
-    if partition.is_contiguous:
-        return "".join(f"[{start + 1}-{end}]" for start, end in partition.phases)
-    return " ".join(str(list(layers)) for layers in partition.blocks)
 
 
 def time_to_fidelity_conclusion(

@@ -332,3 +332,8 @@ def test_the_phase_figure_shows_the_block_of_every_layer_if_they_are_fragmented(
     assert not plot_phases(random_distance(17, seed=0), random_contiguous(17, 2, seed=0)).axes[0].texts
     with pytest.raises(ValueError, match="distance has 12 layers, partition has 8"):
         plot_phases(official, random_contiguous(8, 2, seed=0))
+
+
+def test_partition_reads_as_its_layers():
+    assert str(Partition.from_boundaries([7, 10], 12)) == "[1-7][8-10][11-12]"
+    assert str(Partition(((1, 3), (2,)), "random_fragmented")) == "[1, 3] [2]"

@@ -69,7 +69,6 @@ def page(records: Mapping[str, dict[str, Any]], fidelity: Sequence[str] = ()) ->
         "forward": forward_part,
         "training": training_part,
         "candidates": candidates_part,
-        "candidates": candidates_part,
         "growth": growth_part,
         "input": input_part,
     }

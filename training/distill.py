@@ -341,7 +341,7 @@ def phases_of(
         write_json(folder / "phases.json", record | {"stability": stability})
         figures.plot_phases(distance, partition, folder / "figures" / "phases.png")
         stable = f", boundaries stable in {stability['modal_frequency']:.0%} of bootstraps" if stability else ""
-        logger.info("phases %s (%s%s)", describe_partition(partition), partition.method, stable)
+        logger.info("phases %s (%s%s)", partition, partition.method, stable)
     return partition, variance.compute() if settings.normalize_loss else None
 
 
@@ -372,13 +372,6 @@ def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
     layers = np.arange(num_layers)
     distance = abs(layers - layers[:, None])
     return choose_partition(distance, None, replace(settings, num_bootstraps=0), num_layers)[0]
-
-
-def describe_partition(partition: Partition) -> str:
-    """Phases as [1-7][8-10]; the layers of each block where they are no phases."""
-    if partition.is_contiguous:
-        return "".join(f"[{start + 1}-{end}]" for start, end in partition.phases)
-    return " ".join(str(list(layers)) for layers in partition.blocks)
 
 
 def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:

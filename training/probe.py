@@ -246,6 +246,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     processor = RaptorImageProcessor.from_teacher(load_image_processor(settings.model, settings.model_revision))
     collate, augment, train_processor = image_pipeline(settings, processor, backbone)
     share = {"num_workers": settings.num_workers, "max_failures": settings.max_decode_failures}
+    share["pin_memory"] = accelerator.device.type == "cuda"
     share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     once = functools.partial(eval_loader, batch_size=settings.eval_batch_size, collate=collate, **share)
     test_batches = once(test_images, processor)
