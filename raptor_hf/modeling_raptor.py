@@ -304,6 +304,9 @@ class RaptorBranchOutput(nn.Linear):
     def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
         if scale is None:
             return nn.functional.linear(hidden_states, self.weight, self.bias)
+        if hidden_states.dtype == torch.float16:
+            # products of weights and of a LayerScale at its start are below its range
+            return nn.functional.linear(hidden_states, self.weight, self.bias) * scale
         return nn.functional.linear(hidden_states, self.weight * scale[:, None], self.bias * scale)
 
 
@@ -397,14 +400,14 @@ class RaptorAttention(nn.Module):
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        dropout = self.dropout if self.training else 0.0
+        dropout, dtype = self.dropout if self.training else 0.0, query.dtype
         precise = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
         with torch.autocast("cpu", enabled=False) if precise else contextlib.nullcontext():
             if precise:
                 # on CPUs the backward pass of attention in bfloat16 is many times slower than that in float32
                 query, key, value = query.float(), key.float(), value.float()
             context, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.proj(context.reshape(batch, tokens, dim), scale), weights
+        return self.proj(context.reshape(batch, tokens, dim).to(dtype), scale), weights
 
 
 class RaptorMLP(nn.Module):
@@ -490,15 +493,14 @@ class RaptorBlock(GradientCheckpointingLayer):
             hidden_states = hidden_states + step.input_shift
         # In training LayerScale goes into the weight before the branch's output, of which then nothing is kept for the
         # gradient, if that is more than the weight; otherwise onto the output.
-        num_tokens = hidden_states.shape[:-1].numel()
-        fold = self.training and num_tokens > self.attention.proj.in_features
+        fold = self.training and hidden_states.shape[:-1].numel() > self.attention.proj.in_features
         scale = self.layer_scale1(step.layer_scale1_gain, step.attention_gain)
         branch = self.norm1(hidden_states, step.norm1_gain, step.norm1_shift)
         branch, weights = self.attention(branch, step.qkv_up, step.qkv_down, scale if fold else None, **kwargs)
         branch = self.drop_path(branch)
         hidden_states = hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale)
 
-        fold = self.training and num_tokens > self.ffn.fc2.in_features
+        fold = self.training and hidden_states.shape[:-1].numel() > self.ffn.fc2.in_features
         scale = self.layer_scale2(step.layer_scale2_gain, step.ffn_gain)
         if fold and step.output_gain is not None:
             scale = scale * step.output_gain

@@ -1,9 +1,11 @@
-"""Optimizers of the distillation: AdamW, and Muon for the matrices of the blocks with AdamW for everything else.
+"""Optimizers of the distillation: AdamW, and Muon for what has two dimensions with AdamW for everything else.
 
     optimizer = make_optimizer("muon", parameters, learning_rate=1e-2, weight_decay=1e-4)
 
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; PyTorch's own, from 2.9 on) orthogonalises the
-momentum of each matrix. Its steps are scaled to the size of AdamW's, so that one learning rate serves for both.
+momentum of each matrix. Its steps are scaled to the size of AdamW's, so that one learning rate serves for both. Of a
+student it takes the weights of the blocks' linear layers and the tables of gains and shifts by layer; vectors, and the
+stacks of low-rank factors, go under AdamW.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,6 +15,24 @@ import torch
 from torch import Tensor, nn
 
 OptimizerName = Literal["adamw", "muon"]
+
+
+def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:
+    """Refuses an optimizer that cannot be had, before anything is built for it.
+
+    Args:
+        name: as in `make_optimizer`.
+        sharded: whether the parameters are shards, as under FSDP.
+
+    Raises:
+        ValueError: an unknown name, or Muon with a PyTorch that does not have it, or on shards.
+    """
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"optimizer is {name!r}; it must be one of {', '.join(get_args(OptimizerName))}")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer is 'muon', which needs PyTorch 2.9 or newer; this is {torch.__version__}")
+    if name == "muon" and sharded:
+        raise ValueError("optimizer is 'muon', which needs whole matrices; with FSDP take 'adamw'")
 
 
 def make_optimizer(
@@ -32,18 +52,17 @@ def make_optimizer(
         fused: whether AdamW updates all its parameters in one kernel.
 
     Raises:
-        ValueError: an unknown name, or Muon without a matrix, or with a PyTorch that does not have it.
+        ValueError: as `check_optimizer`, or Muon without a matrix.
     """
+    check_optimizer(name)
     parameters = list(parameters)
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
-    if name == "muon":
-        return MuonWithAdamW(parameters, learning_rate=learning_rate, weight_decay=weight_decay, fused=fused)
-    raise ValueError(f"name is {name!r}; it must be one of {', '.join(get_args(OptimizerName))}")
+    return MuonWithAdamW(parameters, learning_rate=learning_rate, weight_decay=weight_decay, fused=fused)
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon for parameters of two dimensions, AdamW for all others, as one optimizer with two parameter groups.
+    """Muon for parameters of two dimensions, AdamW for all others, as one optimizer with a parameter group for each.
 
     Args:
         parameters: to train.
@@ -52,14 +71,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         fused: of AdamW.
 
     Raises:
-        ValueError: no matrix among the parameters, or a PyTorch without Muon.
+        ValueError: no matrix among the parameters.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], *, learning_rate: float, weight_decay: float, fused: bool = False
     ) -> None:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError(f"optimizer 'muon' needs PyTorch 2.9 or newer; this is {torch.__version__}")
         parameters = list(parameters)
         matrices = [parameter for parameter in parameters if parameter.ndim == 2]
         others = [parameter for parameter in parameters if parameter.ndim != 2]

@@ -145,7 +145,7 @@ def test_the_page_keeps_the_parts_of_earlier_runs(bench, monkeypatch, command, t
     records = all_records()
     (tmp_path / "growth.json").write_text(json.dumps(records["growth"]))
     (tmp_path / "fidelity_digits").mkdir()
-    (tmp_path / "fidelity_digits" / "table.md").write_text("| a table |\n")
+    (tmp_path / "fidelity_digits" / "results.json").write_text('{"comparisons": []}')
     for part in ("training", "forward"):
         monkeypatch.setitem(bench.PARTS, part, lambda settings, device, part=part: records[part])
     assert "## Forward pass" not in command("--parts", "training")

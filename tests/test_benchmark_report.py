@@ -113,7 +113,7 @@ def test_what_was_not_measured_has_no_target():
 
 
 def test_every_table_of_the_page_has_as_many_cells_in_every_line_as_titles():
-    found = tables(page(all_records(), ["fidelity_digits"]))
+    found = tables(page(all_records(), {"fidelity_digits": {"comparisons": []}}))
     assert len(found) == 11
     for lines in found:
         assert len({line.count("|") for line in lines}) == 1 and len(lines) > 2
@@ -136,7 +136,7 @@ def test_the_page_says_where_it_was_measured_and_what_was_left_out():
 
 
 def test_the_page_holds_figures_in_the_units_it_names():
-    text = page(all_records(), ["fidelity_cifar10", "fidelity_digits"])
+    text = page(all_records(), {name: {"comparisons": []} for name in ("fidelity_cifar10", "fidelity_digits")})
     (step,) = (line for line in text.splitlines() if line.startswith("| ViT-S/14, 224 px | 8 | mlp | 2 |"))
     # 700 bytes written and read at 20 GB/s are nothing beside 1,600 ms of FLOPs
     assert step.endswith("| float32 | 1.20 [1.19, 1.21] | 4.0 | 70% | 84% | 2000.0 | 1600.0 | 0.0 | 0.70 | 3e-07 |")
@@ -158,3 +158,13 @@ def test_a_part_alone_makes_a_page(part):
     text = page({part: all_records()[part]})
     assert text.startswith("# Speed\n") and text.count("Measured on") == 1
     assert ("## Targets" in text) == (part in ("forward", "training"))
+
+
+def test_time_to_fidelity_is_a_target_and_a_seed_that_never_arrives_a_miss():
+    entry = {"reference": "published", "score": "r2_last", "variant": "ours", "goal": 0.2, "targets": [0.9, 0.9]}
+    arrived = entry | {"seconds_ratio": [0.1, 0.2], "reached": 2}
+    late = entry | {"seconds_ratio": [0.1, None], "reached": 1}
+    plain = entry | {"goal": None, "seconds_ratio": [1.0, 1.0], "reached": 2}
+    texts = [page({}, {"fidelity_digits": {"comparisons": [plain, own]}}) for own in (arrived, late)]
+    assert "met | digits | 0.15 | ≤ 0.2" in texts[0] and "inf | ≤ 0.2" in texts[1]
+    assert "missed" in texts[1] and all(text.count("time to the last-layer R²") == 1 for text in texts)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from raptor_hf.optimizers import MuonWithAdamW, make_optimizer
+from raptor_hf.optimizers import MuonWithAdamW, check_optimizer, make_optimizer
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 brings Muon")
 
@@ -78,8 +78,16 @@ def test_clearing_the_state_begins_afresh():
 def test_unknown_names_and_models_without_matrices_are_refused():
     with pytest.raises(ValueError, match="'sgd'; it must be one of adamw, muon"):
         make_optimizer("sgd", network().parameters(), learning_rate=0.1, weight_decay=0.0)
+    with pytest.raises(ValueError, match="with FSDP take 'adamw'"):
+        check_optimizer("muon", sharded=True)
     with pytest.raises(ValueError, match="no matrix"):
         make_optimizer("muon", nn.LayerNorm(3).parameters(), learning_rate=0.1, weight_decay=0.0)
     optimizer = MuonWithAdamW(network().parameters(), learning_rate=0.1, weight_decay=0.0)
     with pytest.raises(ValueError, match="all its parameters at once"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
+
+
+def test_muon_is_refused_by_a_torch_without_it(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="needs PyTorch 2.9"):
+        check_optimizer("muon")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from tiny_raptors import tiny_images, tiny_model
 
-from raptor_hf import RaptorModel
+from raptor_hf import RaptorConfig, RaptorModel
 from raptor_hf.benchmarking import saved_bytes
 from raptor_hf.configuration_raptor import DEPTH_CONDITIONINGS, FFN_TYPES
+from raptor_hf.modeling_raptor import RaptorBranchOutput
 
 ALL_KINDS = [(conditioning, ffn_type) for conditioning in DEPTH_CONDITIONINGS for ffn_type in FFN_TYPES]
 # 19 tokens an image, against the 24 and 40 that the last layers of the branches take in
@@ -147,3 +148,24 @@ def products(entry: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
         if f"{name}_up" in entry:
             entry[name] = entry.pop(f"{name}_up") @ entry.pop(f"{name}_down")
     return entry
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_weights_in_bf16_train_on_a_cpu(attention):
+    config = RaptorConfig(
+        hidden_size=32, num_attention_heads=2, image_size=8, patch_size=2, block_repeats=[2, 1], num_hidden_layers=3
+    )
+    model = RaptorModel(config).train().to(torch.bfloat16)
+    model.set_attn_implementation(attention)
+    model(torch.randn(4, 3, 8, 8, dtype=torch.bfloat16)).last_hidden_state.float().square().mean().backward()
+    gradient = model.encoder.blocks[0].attention.qkv.weight.grad
+    assert gradient.dtype == torch.bfloat16 and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_a_new_blocks_small_layer_scale_survives_half_precision():
+    torch.manual_seed(0)
+    output = RaptorBranchOutput(64, 64)
+    hidden, scale = torch.randn(200, 64), torch.full((64,), 1e-5)
+    exact = output(hidden, scale)
+    half = output.half()(hidden.half(), scale)
+    assert (half.float() - exact).norm() < 0.01 * exact.norm()

@@ -83,7 +83,7 @@ def main() -> None:
         facts = {"device_type": device.type, "num_threads": torch.get_num_threads(), **describe_environment(device)}
         write_json(output_dir / f"{part}.json", PARTS[part](settings, device) | facts)
     records = {part: json.loads(path.read_text()) for part in PARTS if (path := output_dir / f"{part}.json").exists()}
-    page = benchmark_report.page(records, fidelity_pages(output_dir))
+    page = benchmark_report.page(records, fidelity_results(output_dir))
     write_text_atomically(output_dir / "README.md", page)
     print(page)
 
@@ -100,9 +100,10 @@ def open_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}, which cannot be used here: {error}") from error
 
 
-def fidelity_pages(output_dir: Path) -> list[str]:
-    """The studies of time to fidelity beside the benchmark, as links from its page."""
-    return sorted(path.parent.name for path in output_dir.glob("fidelity_*/table.md"))
+def fidelity_results(output_dir: Path) -> dict[str, Any]:
+    """Results of the studies of time to fidelity beside the benchmark, by folder."""
+    paths = sorted(output_dir.glob("fidelity_*/results.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
 
 class Planner:

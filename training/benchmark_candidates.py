@@ -61,6 +61,14 @@ def _compiled(case: TrainingCase) -> OurStep:
     return _plain(replace(case, compile=True))
 
 
+def _graphs(case: TrainingCase) -> OurStep:
+    step = _plain(case)
+    torch.compiler.reset()
+    for block in step.student.base_model.encoder.blocks:
+        block.compile(mode="reduce-overhead")
+    return step
+
+
 def _half(case: TrainingCase) -> OurStep:
     return _plain(replace(case, autocast=torch.bfloat16))
 
@@ -71,6 +79,7 @@ CANDIDATES: dict[str, tuple[Callable[[TrainingCase], OurStep], str]] = {
     "AdamW over lists of tensors, not fused": (_foreach, "the default is fused, on a CPU and on CUDA"),
     "patch embedding in channels-last": (_channels_last, "not taken"),
     "each block compiled": (_compiled, "an option, `--compile`"),
+    "each block compiled, as CUDA graphs": (_graphs, "not taken"),
     "each block's activations recomputed": (_checkpointed, "an option for memory, `--gradient_checkpointing`"),
     "teacher in bf16": (_half_teacher, "an option, `--teacher_dtype bfloat16`"),
     "bf16 autocast": (_half, "an option, `--mixed_precision bf16`; the default of the GPU launch files"),
@@ -92,13 +101,15 @@ def compare_candidates(case: TrainingCase, repeats: int, warmup: int) -> list[di
         for a compiled step, in which they are not seen, and under checkpoints, which keep theirs elsewhere.
     """
     default = _plain(case)
-    steps = {name: make(case) for name, (make, _) in CANDIDATES.items()}
+    # CUDA graphs need a GPU
+    names = [name for name, (make, _) in CANDIDATES.items() if make is not _graphs or case.device.type == "cuda"]
+    steps = {name: CANDIDATES[name][0](case) for name in names}
     times = alternate([default, *steps.values()], repeats=repeats, warmup=warmup, device=case.device)
     saved = default.saved_bytes()
     rows = []
     for index, (name, step) in enumerate(steps.items(), start=1):
         comparison = Comparison(times[0].tolist(), times[index].tolist())
-        unseen = CANDIDATES[name][0] in (_compiled, _checkpointed)
+        unseen = CANDIDATES[name][0] in (_compiled, _graphs, _checkpointed)
         rows.append(
             {
                 "size": case.size,

@@ -34,7 +34,7 @@ from raptor_hf.distillation import DistillationTask, LayerVariance, TrajectoryLo
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.loading import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
-from raptor_hf.optimizers import make_optimizer
+from raptor_hf.optimizers import OptimizerName, check_optimizer, make_optimizer
 from raptor_hf.phases import (
     Partition,
     boundary_stability,
@@ -93,8 +93,8 @@ class DistillSettings:
     stage1_steps: int = 312_500
     stage2_steps: int = 312_500
     batch_size: int = 64
-    # "muon": for the matrices, with AdamW for everything else; no FSDP
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    # "muon": for parameters of two dimensions, with AdamW for all others; no FSDP
+    optimizer: OptimizerName = "adamw"
     learning_rate: float = 3e-4
     final_learning_rate: float = 1e-6
     warmup_steps: int = 10_000
@@ -175,7 +175,7 @@ def main() -> None:
             project_dir=str(Path(settings.output_dir) / "logs") if settings.tracker else None,
         )
         warn_if_single_thread(logger, accelerator)
-        check_optimizer(settings, accelerator)
+        check_optimizer(settings.optimizer, sharded=accelerator.distributed_type == DistributedType.FSDP)
         # the weights have a generator of their own; every process draws input noise of its own
         set_seed(settings.seed, device_specific=True)
         teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
@@ -404,16 +404,6 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
         for block in student.base_model.encoder.blocks:
             block.compile()
     return student.train()
-
-
-def check_optimizer(settings: DistillSettings, accelerator: Accelerator) -> None:
-    """Refuses Muon where it cannot be: before any work starts."""
-    if settings.optimizer != "muon":
-        return
-    if not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer is 'muon', which needs PyTorch 2.9 or newer; this is {torch.__version__}")
-    if accelerator.distributed_type == DistributedType.FSDP:
-        raise ValueError("optimizer is 'muon', which needs whole matrices; with FSDP take 'adamw'")
 
 
 def has_fused_adamw(accelerator: Accelerator) -> bool:
