@@ -34,12 +34,17 @@ def describe_training(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -
     return {
         "total": duration(sum(parts.values())) if parts else None,
         "parts": ", ".join(spent),
-        "device": device and re.sub(r"\b1 threads$", "1 thread", device),
+        "device": device and device_words(device),
         "rate": f"{rate:,.0f}" if rate else None,
         "images": f"{images:,}" if images else None,
         "versions": ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()),
         "unreadable": metrics.get("unreadable_images") or 0,
     }
+
+
+def device_words(device: str) -> str:
+    """A device as runs write it down; those of older versions say "1 threads"."""
+    return re.sub(r"\b1 threads$", "1 thread", device)
 
 
 def describe_tokens(

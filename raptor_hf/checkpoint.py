@@ -44,6 +44,8 @@ from torch.optim import Optimizer
 logger = logging.getLogger(__name__)
 
 STATE_FILE, INFO_FILE, MANIFEST_FILE = "state.safetensors", "info.json", "manifest.json"
+# settings of an optimizer's parameter groups that say how this machine computes a step, not which step
+KERNEL_KEYS = ("fused", "foreach", "capturable")
 
 
 class CheckpointError(RuntimeError):
@@ -104,7 +106,7 @@ def save_checkpoint(
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         for path in (*temporary.iterdir(), temporary):
             _flush(path)
-        _rename_over(temporary, target)
+        rename_over(temporary, target, target.with_name(f"{target.name}.replaced"))
         _flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -168,10 +170,15 @@ def _find(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
-def _rename_over(temporary: Path, target: Path) -> None:
-    """Rename a folder; an older one of that name is moved to where `_find` still sees it, so that one always exists."""
+def rename_over(temporary: Path, target: Path, replaced: Path) -> None:
+    """Rename a folder; an older one of that name is moved aside first, so that a whole one always exists.
+
+    Args:
+        temporary: the new folder, complete.
+        target: its name from now on, on the same disk.
+        replaced: new name of what had it before. Left to the caller to remove; what else has this name is removed.
+    """
     if target.exists():
-        replaced = target.with_name(f"{target.name}.replaced")
         if replaced.exists():
             shutil.rmtree(replaced)
         os.rename(target, replaced)
@@ -288,7 +295,8 @@ def load_model_and_optimizer(
 
     Args:
         model: built and wrapped as the saved one was, or wrapped otherwise (DDP, FSDP) over the same parameters.
-        optimizer: built with the same parameter groups; takes over all their saved settings, learning rates included.
+        optimizer: built with the same parameter groups; takes over their saved settings, learning rates included, but
+            keeps its own choice of kernels (`KERNEL_KEYS`): that is for the machine it runs on.
         tensors: from `load_checkpoint`; other entries are ignored. They are copied.
         info: from `load_checkpoint`.
 
@@ -308,6 +316,11 @@ def load_model_and_optimizer(
             f"per group now, {[len(g) for g in saved_names]} in the checkpoint, or others under the same numbers; "
             f"build the optimizer as the saved run did"
         )
+    # before the state is loaded: whether the kernels are fused decides where torch puts the step counters
+    groups = [
+        saved | {key: own[key] for key in KERNEL_KEYS if key in own}
+        for saved, own in zip(groups, optimizer.param_groups, strict=True)
+    ]
     state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

@@ -30,7 +30,7 @@ from .studies import (
     written,
     written_difference,
 )
-from .uncertainty import difference_interval
+from .uncertainty import INTERVALS, difference_interval
 
 RETAINED = 0.99  # of the teacher's accuracy, what counts as kept
 
@@ -158,6 +158,7 @@ def frontier_conclusion(records: Sequence[Record], baselines: Sequence[Point] = 
     if "student_accuracy" in scores:
         sentences += [_retained_sentence(name, line, records[0]["teacher_accuracy"]) for name, line in lines.items()]
         sentences.append(_reading_sentence(baselines))
+    sentences.append(f"In brackets, and behind better, undecided and worse: {INTERVALS}.")
     rows = [
         [
             *(entry["point"], entry["against"], SCORES[entry["score"]][0], f"{entry['parameters'] / 1e6:.2f}"),
@@ -181,7 +182,7 @@ def _frontier_sentence(points: Sequence[Point], score: str) -> str:
         if judged(difference_interval(low.values[score], high.values[score])) != "better"
     ]
     return f"**On the Pareto frontier by parameters, {SCORES[score][0]}**: {text}." + (
-        f" Steps of it whose 95 % interval holds 0: {'; '.join(unsure)}." if unsure else ""
+        f" Steps of it whose interval holds 0: {'; '.join(unsure)}." if unsure else ""
     )
 
 
@@ -222,4 +223,4 @@ def _reading_sentence(baselines: Sequence[Point]) -> str:
     text = "Accuracy is that of the teacher's own classifier, untrained on the student's states"
     if probed:
         text += f", but for {' and '.join(probed)} that of a linear probe trained on its features: another reading"
-    return text + ". Differences of accuracies are in points, with 95 % bootstrap intervals over seeds."
+    return text + ". Differences of accuracies are in points."

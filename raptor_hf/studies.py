@@ -5,8 +5,8 @@
     conclusion.numbers   # the same, for results.json
 
 A record is one run of one variant and one seed, as training/study.py gathers it. Every word is a function of the
-numbers: a study that is run again writes its verdict again. Better and worse mean that the 95 % bootstrap interval of a
-difference does not hold 0; if it does, that is called undecided.
+numbers: a study that is run again writes its verdict again. Better and worse mean that the bootstrap interval of a
+difference, at `uncertainty.CONFIDENCE`, does not hold 0; if it does, that is called undecided.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from typing import Any
 
 from .figures import mean_and_deviation
 from .phases import Partition
-from .uncertainty import Estimate, difference_interval, z_score
+from .uncertainty import INTERVALS, Estimate, difference_interval, z_score
 
 # how a score is called and written: name, factor, digits
 SCORES = {
@@ -167,9 +167,10 @@ def partitions_conclusion(variants: Mapping[str, Sequence[Record]]) -> Conclusio
     sentences += [_draws_sentence(reference, label, kinds) for label, found in kinds[reference].items() if found]
     sentences.append(
         "The paper reports that max-cut beats random partitions, often by more than one standard deviation. "
-        f"A difference is the mean of {reference} minus the mean of the draws, of accuracies in points, with its 95 % "
-        "bootstrap interval; z is the same in standard deviations of the draws."
+        f"A difference is the mean of {reference} minus the mean of the draws, of accuracies in points; z is the same "
+        f"in standard deviations of the draws. In brackets, and behind better, undecided and worse: {INTERVALS}."
     )
+    sentences += _block_sizes_sentences(reference, kinds)
     rows = [
         [
             *(entry["label"], entry["against"], SCORES[entry["score"]][0]),
@@ -221,6 +222,29 @@ def _draws_sentence(reference: str, label: str, kinds: Mapping[str, Mapping[str,
     return text + "."
 
 
+def _block_sizes_sentences(reference: str, kinds: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[str]:
+    """Draws with a block of one layer, where the found partition has none: how much else than the layers they change.
+
+    `find_phases` asks for two layers per block as long as 2 K <= L, random partitions are drawn without.
+    """
+    counts = []
+    for label, found in kinds[reference].items():
+        draws = [run for kind, labels in kinds.items() if kind != reference for run in labels.get(label, ())]
+        if found and min(map(_smallest_block, found)) > 1:
+            short = sum(_smallest_block(run) == 1 for run in draws)
+            counts += [f"{short} of {len(draws)} draws at {label}"] if short else []
+    if not counts:
+        return []
+    return [
+        f"Random partitions may have blocks of one layer, those of {reference} have at least two as long as that is "
+        f"possible, so part of z may be the sizes of the blocks. With such a block: {', '.join(counts)}."
+    ]
+
+
+def _smallest_block(record: Record) -> int:
+    return min(map(len, record["blocks"]))
+
+
 def partition_of(record: Record) -> Partition:
     """The partition that a run was made with."""
     return Partition(tuple(map(tuple, record["blocks"])))
@@ -232,7 +256,7 @@ def time_to_fidelity_conclusion(
     """How soon each variant comes as far as another one ends, in seconds, steps and images.
 
     Seed by seed: the target is the score of the reference's last evaluation, the time that of the first evaluation that
-    reaches it, and the ratio is to the reference's whole training.
+    reaches it together with the next one, and the ratio is to the reference's whole training.
 
     Args:
         variants: each but the last is a reference. One without runs is left out.
@@ -256,10 +280,12 @@ def time_to_fidelity_conclusion(
             numbers.append(entry | _arrival(pairs, score, goal))
     sentences = [_arrival_sentence(entry) for entry in numbers if entry["variant"] == last]
     sentences.append(
-        "A time is that of the first evaluation that reaches the target, without the evaluations themselves; the ratio "
-        "is to the whole training of the one that ends there, which may itself have been there before its end. Mean ± "
-        "standard deviation over the seeds that reach it."
+        "A time is that of the first evaluation that reaches the target and is followed by another that does, or by "
+        "none; it is without the evaluations themselves. The ratio is to the whole training of the one that ends "
+        "there, which may itself have been there before its end. Mean ± standard deviation over the seeds that reach "
+        "it."
     )
+    sentences += _precision_sentences(variants)
     rows = [
         [
             *(entry["reference"], SCORES[entry["score"]][0], entry["variant"]),
@@ -283,7 +309,7 @@ def _arrival(pairs: Sequence[tuple[Record, Record]], score: str, goal: float | N
     numbers: dict[str, list[float | None]] = {}
     for reference, run in pairs:
         end = reference["evaluations"][-1]
-        arrival = next((entry for entry in run["evaluations"] if entry[score] >= end[score]), None)
+        arrival = first_to_stay(run["evaluations"], score, end[score])
         whole, taken = effort(reference, end), arrival and effort(run, arrival)
         numbers.setdefault("targets", []).append(end[score])
         for unit in whole:
@@ -292,6 +318,22 @@ def _arrival(pairs: Sequence[tuple[Record, Record]], score: str, goal: float | N
     ratios = [ratio for ratio in numbers["seconds_ratio"] if ratio is not None]
     is_met = len(ratios) == len(pairs) and goal is not None and statistics.fmean(ratios) <= goal
     return numbers | {"reached": len(ratios), "goal_met": is_met if goal is not None else None}
+
+
+def first_to_stay(evaluations: Sequence[Mapping[str, float]], score: str, target: float) -> Mapping[str, float] | None:
+    """The first evaluation that reaches the target with the next one, as one alone may do by chance; or the last."""
+    reached = [entry[score] >= target for entry in evaluations]
+    pairs = zip(evaluations, reached, [*reached[1:], True], strict=True)
+    return next((entry for entry, now, next_too in pairs if now and next_too), None)
+
+
+def _precision_sentences(variants: Mapping[str, Sequence[Record]]) -> list[str]:
+    """In which precision each variant trains, if that is not the same: seconds depend on it."""
+    precisions = {name: runs[0]["mixed_precision"] for name, runs in variants.items() if runs}
+    if len(set(precisions.values())) < 2:
+        return []
+    parts = (f'"{name}" in {"fp32" if kind == "no" else kind}' for name, kind in precisions.items())
+    return [f"Seconds depend on the precision of training, in which variants differ: {', '.join(parts)}."]
 
 
 def effort(run: Record, evaluation: Mapping[str, float]) -> dict[str, float]:

@@ -119,27 +119,40 @@ def claims_of(study: Study, records: Sequence[Record]) -> list[Claim]:
         study: what it varies.
         records: one per teacher.
     """
+    records = compared(study, records)
     own = stochastic_depth_claims(records) if study == "stochastic_depth" else training_time_claims(records)
     return own + similarity_claims(records)
 
 
-def stochastic_depth_claims(records: Sequence[Record]) -> list[Claim]:
-    """What more stochastic depth does, by rank correlations with its rate p over all teachers whose training held.
+def compared(study: Study, records: Sequence[Record]) -> list[Record]:
+    """The teachers that claims are about: of stochastic depth those whose training held.
+
+    In a study of training time all are, as there an untrained teacher is a stage, not a failure.
 
     Args:
-        records: with "variant", "drop_path_rate", "teacher_accuracy", "similarity", "r2_mean" and "change_r2".
+        study: what it varies.
+        records: with "variant" and "teacher_accuracy".
     """
-    broken = broken_variants(records)
-    kept = [record for record in records if record["variant"] not in broken]
-    rates = [record["drop_path_rate"] for record in kept]
+    broken = broken_variants(records) if study == "stochastic_depth" else set()
+    return [record for record in records if record["variant"] not in broken]
+
+
+def stochastic_depth_claims(records: Sequence[Record]) -> list[Claim]:
+    """What more stochastic depth does, by rank correlations with its rate p.
+
+    Args:
+        records: of teachers whose training held, with "variant", "drop_path_rate", "similarity", "r2_mean" and
+            "change_r2".
+    """
+    rates = [record["drop_path_rate"] for record in records]
     claims = []
     for key, statement, name in (
         ("similarity", "More stochastic depth makes the layers more alike", "layer similarity"),
         ("r2_mean", "More stochastic depth makes R² of the student higher", "R²"),
         ("change_r2", "More stochastic depth makes R² of the change since the embedding higher", "R² of the change"),
     ):
-        estimate = _correlation(rates, [record[key] for record in kept])
-        quantity = f"rank correlation of p and {name} over {len(kept)} teachers"
+        estimate = _correlation(records, rates, [record[key] for record in records])
+        quantity = f"rank correlation of p and {name} over {_number(records)}"
         claims.append(Claim(statement, quantity, estimate, 1))
     return claims
 
@@ -167,7 +180,7 @@ def breaking_sentence(records: Sequence[Record]) -> str:
     return (
         f"{statement}: {outcome}. At p = {highest:g} accuracy is {statistics.fmean(accuracies[1]):.1f} %, "
         f"{interval_text(difference_interval(*accuracies), 1)} points from p = {lowest:g}; below "
-        f"{100 * BROKEN_SHARE:g} % of the best variant's counts as broken."
+        f"{100 * BROKEN_SHARE:g} % of the best variant's counts as broken, and is left out of the correlations."
     )
 
 
@@ -236,23 +249,32 @@ def similarity_claims(records: Sequence[Record]) -> list[Claim]:
     """Whether the similarity of a teacher's layers predicts how well a student of it does.
 
     Over all teachers, and once more from deviations from the mean of each variant, which what the variants differ in
-    cannot make.
+    cannot make. These are in standard deviations of the variant, so that one of large spread does not decide alone.
 
     Args:
         records: with "variant", "similarity", "r2_mean" and "change_r2".
     """
     similarity = [record["similarity"] for record in records]
-    number = f"over {len(records)} teachers"
-    claims = [
-        Claim(statement, f"{quantity} {number}", _correlation(similarity, [record[key] for record in records]), 1)
-        for key, statement, quantity in (
-            ("r2_mean", "Similarity of the layers predicts R² of the student", "rank correlation"),
-            ("change_r2", "Similarity of the layers predicts R² of the change since the embedding", "rank correlation"),
-        )
+    quantity, claims = f"rank correlation over {_number(records)}", []
+    for key, statement in (
+        ("r2_mean", "Similarity of the layers predicts R² of the student"),
+        ("change_r2", "Similarity of the layers predicts R² of the change since the embedding"),
+    ):
+        estimate = _correlation(records, similarity, [record[key] for record in records])
+        claims.append(Claim(statement, quantity, estimate, 1))
+    varying = [
+        record
+        for runs in by_variant(records).values()
+        if min(len(set(_values(runs, key))) for key in ("similarity", "r2_mean")) > 1
+        for record in runs
     ]
-    deviations = [_deviations(records, key) for key in ("similarity", "r2_mean")]
-    quantity = f"rank correlation of the deviations from the variant's mean {number}"
-    return [*claims, Claim("Similarity predicts R² among seeds of one variant", quantity, _correlation(*deviations), 1)]
+    deviations = (_standard_deviations(varying, key) for key in ("similarity", "r2_mean"))
+    quantity = (
+        "rank correlation of the deviations from the variant's mean, in its standard deviations, over "
+        f"{_number(varying)} with a spread"
+    )
+    estimate = _correlation(varying, *deviations)
+    return [*claims, Claim("Similarity predicts R² among seeds of one variant", quantity, estimate, 1)]
 
 
 def role_of(variant: str) -> str | None:
@@ -278,7 +300,7 @@ def plot_teacher_study(study: Study, records: Sequence[Record], path: str | os.P
         axes.set(ylabel=label)
         if len(lines) > 1:
             axes.legend(frameon=False, fontsize=8)
-    _draw_scatter(figure.axes[-1], records)
+    _draw_scatter(figure.axes[-1], study, records)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     if path is not None:
@@ -318,13 +340,15 @@ def _draw_variants(
     axes.plot(*zip(*dots, strict=True), "o", color=color, markersize=4)
 
 
-def _draw_scatter(axes: Axes, records: Sequence[Record]) -> None:
+def _draw_scatter(axes: Axes, study: Study, records: Sequence[Record]) -> None:
     """R^2 of the students against the similarity of the teachers' layers."""
     for index, (variant, runs) in enumerate(by_variant(records).items()):
         points = [(run["similarity"], run["r2_mean"]) for run in runs]
         axes.plot(*zip(*points, strict=True), "o", color=f"C{index}", markersize=5, label=variant)
-    correlation = similarity_claims(records)[0].estimate
-    axes.set_title(f"rank correlation {interval_text(correlation, 2)}, {100 * CONFIDENCE:g} % interval", fontsize=9)
+    kept = compared(study, records)
+    correlation = interval_text(similarity_claims(kept)[0].estimate, 2)
+    title = f"rank correlation {correlation}, {100 * CONFIDENCE:g} % interval\nover {_number(kept)}"
+    axes.set_title(title, fontsize=9)
     axes.set(xlabel="similarity of two layers (mean cosine)", ylabel="R² of the student, mean of layers")
     axes.legend(frameon=False, fontsize=8)
 
@@ -335,10 +359,21 @@ def _values(runs: Sequence[Record], key: str) -> list[float]:
     return [run[key] for run in runs]
 
 
-def _correlation(x: Sequence[float], y: Sequence[float]) -> Estimate:
-    return rank_correlation(x, y) if len(x) >= 3 else Estimate(math.nan, math.nan, math.nan)
+def _number(records: Sequence[Record]) -> str:
+    """How many teachers, of how many variants."""
+    return f"{len(records)} teachers of {len(by_variant(records))} variants"
 
 
-def _deviations(records: Sequence[Record], key: str) -> list[float]:
-    means = {name: statistics.fmean(run[key] for run in runs) for name, runs in by_variant(records).items()}
-    return [record[key] - means[record["variant"]] for record in records]
+def _correlation(records: Sequence[Record], x: Sequence[float], y: Sequence[float]) -> Estimate:
+    """Of two numbers per record; variants are resampled, as their seeds are not independent teachers."""
+    if len(records) < 3:
+        return Estimate(math.nan, math.nan, math.nan)
+    return rank_correlation(x, y, groups=[record["variant"] for record in records])
+
+
+def _standard_deviations(records: Sequence[Record], key: str) -> list[float]:
+    """By how many standard deviations of its variant each record is above the variant's mean."""
+    values = {name: _values(runs, key) for name, runs in by_variant(records).items()}
+    means = {name: statistics.fmean(own) for name, own in values.items()}
+    spreads = {name: statistics.stdev(own) for name, own in values.items()}
+    return [(record[key] - means[record["variant"]]) / spreads[record["variant"]] for record in records]

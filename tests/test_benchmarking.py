@@ -39,14 +39,7 @@ def test_a_comparison_is_of_pairs_not_of_medians():
     assert comparison.speedup == 2.0
     assert comparison.ratio == 0.5
     assert comparison.quartiles == (1.5, 2.5)
-    assert comparison.to_dict() == {
-        "reference_seconds": 4.0,
-        "seconds": 2.0,
-        "repeats": 3,
-        "ratio": 0.5,
-        "speedup": 2.0,
-        "speedup_quartiles": [1.5, 2.5],
-    }
+    assert comparison.to_dict() == {"speedup": 2.0, "speedup_quartiles": [1.5, 2.5]}
 
 
 @pytest.mark.parametrize("pair", [([], []), ([1.0], [1.0, 2.0]), ([1.0], [0.0]), ([float("nan")], [1.0])])

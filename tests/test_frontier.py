@@ -12,6 +12,7 @@ from raptor_hf.frontier import (
     split_name,
     study_points,
 )
+from raptor_hf.uncertainty import INTERVALS
 
 
 def record(variant, seed, parameters, r2_last, accuracy=0.9):
@@ -112,6 +113,12 @@ def test_steps_of_the_frontier_that_seeds_leave_open_are_named():
     assert "interval holds 0: a, k=1 to a, k=2" in frontier_conclusion(series("a", close)).text
     text = frontier_conclusion(series("a", clear)).text.split("accuracy")[0]
     assert "interval holds 0" not in text and "a, k=1 (0.00 M, 0.501); a, k=2 (0.00 M, 0.701)" in text
+
+
+def test_verdicts_on_the_frontier_say_what_their_intervals_are_worth():
+    for accuracy in ({}, {"student_accuracy": None, "teacher_accuracy": None}):
+        records = [run | accuracy for run in series("a", {100: 0.5, 200: 0.6})]
+        assert f"behind better, undecided and worse: {INTERVALS}." in frontier_conclusion(records).text
 
 
 def test_students_without_accuracy_have_a_frontier_of_fidelity_alone():

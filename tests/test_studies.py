@@ -5,6 +5,7 @@ import pytest
 from scipy import stats
 
 from raptor_hf import studies
+from raptor_hf.uncertainty import CONFIDENCE, INTERVALS
 
 
 def record(variant, seed, r2_last=0.9, accuracy=0.9, **changes):
@@ -15,6 +16,7 @@ def record(variant, seed, r2_last=0.9, accuracy=0.9, **changes):
         "r2_mean": r2_last - 0.1,
         "student_accuracy": accuracy,
         "batch_size": 10,
+        "mixed_precision": "no",
         "blocks": [[1, 2], [3, 4]],
     } | changes
 
@@ -76,6 +78,23 @@ def test_draws_that_repeat_or_are_the_found_partition_are_counted():
     assert "2 draws of random fragmented are 2 different partitions, none of them max-cut's" in text
 
 
+def test_draws_with_a_block_of_one_layer_are_named_where_the_found_partition_has_none():
+    short, even = [[1], [2, 3, 4]], [[1, 2], [3, 4]]
+    text = studies.partitions_conclusion(draws([0.1, 0.2, 0.3], [0.3], [short, even, short])).text
+    assert "blocks of one layer, those of max-cut have at least two as long as that is possible" in text
+    assert "part of z may be the sizes of the blocks. With such a block: 2 of 3 draws at k=2." in text
+    without = draws([0.1, 0.2, 0.3], [0.3], [even] * 3)
+    assert "blocks of one layer" not in studies.partitions_conclusion(without).text
+    crowded = draws([0.1, 0.2, 0.3], [0.3], [short] * 3)
+    crowded["max-cut, k=2"][0]["blocks"] = short
+    assert "blocks of one layer" not in studies.partitions_conclusion(crowded).text
+
+
+def test_verdicts_on_partitions_say_what_their_intervals_are_worth():
+    assert f"{100 * CONFIDENCE:g} % bootstrap" in INTERVALS and "not corrected for the number of comp" in INTERVALS
+    assert f"behind better, undecided and worse: {INTERVALS}." in studies.partitions_conclusion(draws([0, 1], [1])).text
+
+
 def test_partition_whose_runs_are_missing_is_left_out():
     variants = draws([0.1, 0.2], [0.3]) | {"random fragmented, k=2": [], "max-cut, k=3": []}
     conclusion = studies.partitions_conclusion(variants)
@@ -109,6 +128,35 @@ def test_time_to_fidelity_is_that_of_the_first_evaluation_at_the_end_of_the_refe
     assert (entry["seconds_ratio"], entry["steps_ratio"], entry["images_ratio"]) == ([0.5, 0.5], [1, 1], [1, 1])
     assert entry["goal_met"] is (word == "met")
     assert f"the goal of at most {goal:g} of its time is {word}" in conclusion.text
+
+
+@pytest.mark.parametrize(
+    ("r2", "step"),
+    [
+        ((0.7, 0.5, 0.6, 0.7), 15),  # the first crossing was noise
+        ((0.7, 0.6, 0.5, 0.5), 5),
+        ((0.5, 0.7, 0.5, 0.6), 20),  # no evaluation follows the last
+        ((0.7, 0.5, 0.7, 0.5), None),
+        ((0.5, 0.5, 0.5, 0.5), None),
+    ],
+)
+def test_arrival_is_where_the_next_evaluation_is_at_the_target_too(r2, step):
+    evaluations = training("ours", 0, r2, r2, 1.0)["evaluations"]
+    arrival = studies.first_to_stay(evaluations, "r2_last", 0.6)
+    assert (arrival and arrival["step"]) == step
+    reference = [training("published", 0, (0.3, 0.6), (0.1, 0.2), 2.0)]
+    conclusion = studies.time_to_fidelity_conclusion(studies.by_variant([*reference, training("ours", 0, r2, r2, 1.0)]))
+    assert of_score(conclusion, variant="ours")["steps"] == [step]
+    assert "reaches the target and is followed by another that does, or by none" in conclusion.text
+
+
+def test_variants_of_different_precision_are_named():
+    variants = race()
+    assert "precision" not in studies.time_to_fidelity_conclusion(variants).text
+    for run in variants["ours"]:
+        run["mixed_precision"] = "bf16"
+    text = studies.time_to_fidelity_conclusion(variants).text
+    assert 'in which variants differ: "published" in fp32, "ours" in bf16.' in text
 
 
 def test_reference_may_be_at_its_end_before_its_training_ends():

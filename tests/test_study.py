@@ -59,6 +59,7 @@ def record(variant, seed, r2_last, accuracy=0.5, **changes):
         "training_seconds": 61.0,
         "evaluations": [],
         "batch_size": 16,
+        "mixed_precision": "no",
         "blocks": [[1, 2], [3, 4]],
         "device": "a processor, 1 thread",
         "versions": {"python": "3.11", "torch": "2.0"},
@@ -132,6 +133,7 @@ def test_flag_that_distill_refuses_is_found_before_anything_runs(study, settings
         ({"figure": "time_to_fidelity", "goals": [0.5, 0.2]}, "one number above 0 per variant but the last, 1"),
         ({"figure": "time_to_fidelity", "goals": [0.0]}, "above 0"),
         ({"figure": "time_to_fidelity", "variants": ["one --init first"]}, "give at least 2"),
+        ({"figure": "time_to_fidelity", "jobs": 2}, "jobs is 2; .* compares seconds, so it must be 1"),
     ],
 )
 def test_settings_refuse_what_cannot_work(settings, changes, message):
@@ -169,7 +171,7 @@ def test_log_tail_shows_progress_bars_in_their_last_state(study, tmp_path):
 def test_table_has_mean_and_sample_deviation_of_the_seeds(study, settings):
     values = [0.5, 0.7, 0.9]
     runs = [record("first one", seed, value, accuracy=value) for seed, value in enumerate(values)]
-    runs += [record("+ low rank", 0, 0.25, accuracy=None)]
+    runs += [record("+ low rank", 0, 0.25, accuracy=None, device="a processor, 1 threads")]  # of an older version
     settings = dataclasses.replace(settings, published=[3.9, 72.7], published_name="paper")
     page = study.table(settings, study.by_variant(runs), "python training/study.py x.yaml", "A caption.")
     (first,) = (line for line in page.splitlines() if line.startswith("| first one"))
@@ -180,7 +182,7 @@ def test_table_has_mean_and_sample_deviation_of_the_seeds(study, settings):
     assert "| 0.250 | 0.125 | - | - |" in second
     for text in (
         "python training/study.py x.yaml",
-        "a processor, 1 thread",
+        "1 run at a time on: a processor, 1 thread. python",
         "torch 2.0",
         "A caption.",
         "(figure.png)",
@@ -451,7 +453,7 @@ def test_study_of_real_runs_reports_them_and_the_failing_one(study, settings, tm
     metrics = json.loads((tmp_path / "runs" / "works" / "seed-0" / "metrics.json").read_text())
     assert run["r2_last"] == metrics["fidelity"]["r2"][-1] and run["r2_mean"] == np.mean(metrics["fidelity"]["r2"])
     assert run["parameters"] == metrics["parameters"] and run["training_steps"] == 2
-    assert run["overrides"]["batch_size"] == 8 and "seed" not in run["overrides"]
+    assert run["mixed_precision"] == "no" and run["overrides"]["batch_size"] == 8 and "seed" not in run["overrides"]
 
     # the same command with other flags must not take the finished run for its own
     monkeypatch.setattr("sys.argv", ["study.py", *arguments, "--common_flags", " --stage2_steps 4 --warmup_steps 1"])

@@ -21,7 +21,7 @@ from raptor_hf.teacher_study import (
     stochastic_depth_claims,
     training_time_claims,
 )
-from raptor_hf.uncertainty import Estimate
+from raptor_hf.uncertainty import Estimate, rank_correlation
 
 
 def record(variant, seed=0, **changes):
@@ -135,16 +135,28 @@ def test_more_stochastic_depth_is_judged_in_both_directions():
     pairs = [(run["drop_path_rate"], run["similarity"]) for run in opposite]
     assert estimate.value == pytest.approx(stats.spearmanr(*zip(*pairs, strict=True)).statistic)
     assert "[-" in stochastic_depth_claims(opposite)[0].sentence()
+    variants = [run["variant"] for run in opposite]
+    assert estimate == rank_correlation(*zip(*pairs, strict=True), groups=variants)
 
 
-def test_rates_whose_training_broke_do_not_count_in_what_stochastic_depth_does():
+def test_rates_whose_training_broke_do_not_count_in_any_correlation():
     records = depth_records(1)
     for run in records:
         if run["drop_path_rate"] == 0.7:
             run |= {"teacher_accuracy": 0.2, "similarity": 0.0, "r2_mean": 0.0}
     assert broken_variants(records) == {"p = 0.7"}
-    claims = stochastic_depth_claims(records)
-    assert outcomes(claims)[:2] == ["holds", "holds"] and "over 12 teachers" in claims[0].quantity
+    claims, held = claims_of("stochastic_depth", records), depth_records(1, rates=(0.0, 0.1, 0.3, 0.5))
+    assert claims == stochastic_depth_claims(held) + similarity_claims(held)
+    assert outcomes(claims)[:2] == ["holds", "holds"]
+    assert all("over 12 teachers of 4 variants" in claim.quantity for claim in claims)
+    assert "over 12 teachers of 4 variants" in plot_teacher_study("stochastic_depth", records).axes[-1].get_title()
+
+
+def test_untrained_teachers_count_in_a_study_of_training_time():
+    records = time_records(1)
+    for run in records:
+        run["teacher_accuracy"] = 0.1 if run["variant"] == "untrained" else 0.9
+    assert claims_of("training_time", records)[-3].quantity == "rank correlation over 12 teachers of 4 variants"
 
 
 def test_sentence_says_whether_training_breaks_where_the_paper_saw_it():
@@ -178,15 +190,34 @@ def test_without_converged_teachers_there_is_nothing_to_compare_with():
 
 def test_similarity_predicts_among_seeds_only_what_variants_do_not_make():
     # both rise from variant to variant, but within each of them the one falls as the other rises
+    noise = 0.01 * np.random.default_rng(0).normal(size=(5, 3))
     records = [
-        record(name, seed, similarity=0.1 * place + 0.01 * seed, r2_mean=0.1 * place - 0.01 * seed, change_r2=0.5)
-        for place, name in enumerate("abcd")
-        for seed in range(3)
+        record(name, seed, similarity=0.1 * place + shift, r2_mean=0.1 * place - shift, change_r2=0.5)
+        for place, (name, shifts) in enumerate(zip("abcde", noise, strict=True))
+        for seed, shift in enumerate(shifts)
     ]
     overall, of_change, within = similarity_claims(records)
     assert (overall.outcome, within.outcome) == ("holds", "does not hold, the opposite does")
     assert within.estimate.value == pytest.approx(-1)
     assert of_change.outcome == "stays open" and "not defined" in of_change.sentence()
+
+
+def test_deviations_are_in_standard_deviations_of_their_variant_and_none_without_spread():
+    generator = np.random.default_rng(1)
+    spreads = {"narrow": 0.001, "wide": 0.1, "wider": 0.3}
+    values = {name: spread * generator.normal(size=(2, 4)) for name, spread in spreads.items()}
+    records = [
+        record(name, seed, similarity=similarity, r2_mean=r2)
+        for name, pairs in values.items()
+        for seed, (similarity, r2) in enumerate(pairs.T)
+    ]
+    flat = [record("flat", seed, similarity=0.1 * seed) for seed in range(4)] + [record("single", r2_mean=0.1)]
+    within = similarity_claims(records + flat)[-1]
+    scores = np.concatenate([stats.zscore(pairs, axis=1, ddof=1) for pairs in values.values()], axis=1)
+    assert within.estimate.value == pytest.approx(stats.spearmanr(*scores).statistic)
+    plain = np.concatenate([pairs - pairs.mean(axis=1, keepdims=True) for pairs in values.values()], axis=1)
+    assert within.estimate.value != pytest.approx(stats.spearmanr(*plain).statistic)
+    assert within.quantity.endswith("in its standard deviations, over 12 teachers of 3 variants with a spread")
 
 
 def test_claims_of_a_study_that_has_just_begun_stay_open():

@@ -116,8 +116,7 @@ def compare_candidates(case: TrainingCase, repeats: int, warmup: int) -> list[di
                 "batch_size": case.batch_size,
                 "candidate": name,
                 "outcome": CANDIDATES[name][1],
-                "speedup": comparison.speedup,
-                "speedup_quartiles": list(comparison.quartiles),
+                **comparison.to_dict(),
                 "saved_ratio": None if unseen else step.saved_bytes() / saved,
             }
         )

@@ -126,8 +126,7 @@ def _measured(
             {
                 "num_workers": number,
                 "images_per_second": size * batches / statistics.median(seconds[number]),
-                "speedup": comparison.speedup,
-                "speedup_quartiles": list(comparison.quartiles),
+                **comparison.to_dict(),
             }
         )
     batch = next(iter(train_loader(images, processor, batch_size=size, seed=0, num_steps=1)))
@@ -263,8 +262,7 @@ def _batched(images: ImageSet, processor: RaptorImageProcessor, batch_size: int,
     times = alternate([one_by_one, at_once], repeats=repeats, warmup=1, device=CPU)
     comparison = Comparison(*times.tolist())
     return {
-        "speedup": comparison.speedup,
-        "speedup_quartiles": list(comparison.quartiles),
+        **comparison.to_dict(),
         "same_bits": torch.equal(one_by_one(), at_once()),
     }
 

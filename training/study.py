@@ -26,6 +26,7 @@ from typing import Any, Literal
 from distill import DistillSettings
 
 from raptor_hf import study_figures
+from raptor_hf.card_words import device_words
 from raptor_hf.checkpoint import write_text_atomically
 from raptor_hf.figures import mean_and_deviation
 from raptor_hf.frontier import Point, baseline_points, frontier_conclusion, study_points
@@ -84,6 +85,8 @@ class StudySettings:
             raise ValueError(f'the figure "{self.figure}" needs variants named "series, label --flag value ..."')
         if self.figure == "time_to_fidelity" and len(self.variants) < 2:
             raise ValueError('the figure "time_to_fidelity" compares the last variant with others; give at least 2')
+        if self.figure == "time_to_fidelity" and self.jobs > 1:
+            raise ValueError(f'jobs is {self.jobs}; the figure "time_to_fidelity" compares seconds, so it must be 1')
         self._check_lists()
 
     def _check_lists(self) -> None:
@@ -256,6 +259,7 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
         "training_steps": settings.stage1_steps + settings.stage2_steps,
         "training_seconds": seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
         "batch_size": settings.batch_size,
+        "mixed_precision": settings.mixed_precision or "no",
         "blocks": metrics["blocks"],
         "evaluations": [evaluation_of(entry, settings.stage1_steps) for entry in metrics["evaluations"]],
         "device": metrics["device"],
@@ -351,7 +355,7 @@ def table(settings: StudySettings, variants: Mapping[str, Sequence[Record]], com
     """The Markdown page: how the numbers were made, the numbers, what they say."""
     records = [run for runs in variants.values() for run in runs]
     teacher_accuracy = records[0]["teacher_accuracy"]
-    devices = sorted({run["device"] for run in records})
+    devices = sorted({device_words(run["device"]) for run in records})
     versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
     seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
     columns = {

@@ -27,6 +27,7 @@ from study import PlannedRun, measured, read_json, run_all, slug, split_variants
 from torch import Tensor
 from train_teacher import TeacherSettings
 
+from raptor_hf.card_words import device_words
 from raptor_hf.checkpoint import write_text_atomically
 from raptor_hf.data import load_image_processor, open_images
 from raptor_hf.loading import ImageLoader, eval_loader
@@ -46,7 +47,7 @@ from raptor_hf.teacher_study import (
     plot_teacher_study,
     role_of,
 )
-from raptor_hf.uncertainty import CONFIDENCE
+from raptor_hf.uncertainty import INTERVALS
 
 logger = logging.getLogger("study_teachers")
 
@@ -293,7 +294,7 @@ def table(
     settings: TeacherStudySettings, records: Sequence[dict[str, Any]], command: str, sentences: Sequence[str]
 ) -> str:
     """The Markdown page: how the numbers were made, the numbers, what they say."""
-    devices = sorted({run["device"] for run in records})
+    devices = sorted({device_words(run["device"]) for run in records})
     versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
     seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
     columns = (
@@ -326,8 +327,8 @@ def table(
         "a teacher near chance.",
         "\n".join(lines),
         f"![{settings.title}](figure.png)",
-        f"What the paper says of large ViTs, here ({len(records)} teachers, {100 * CONFIDENCE:g} % bootstrap "
-        "intervals, which are too narrow for so few seeds):",
+        f"What the paper says of large ViTs, here. In brackets: {INTERVALS}; for rank correlations whole variants are "
+        "resampled, as seeds of one variant are not independent teachers.",
         "\n".join(f"- {sentence}" for sentence in sentences),
         "The flags of the variants:",
         "\n".join(f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(settings.variants)),

@@ -12,7 +12,6 @@ configs that it names.
 
 import getpass
 import json
-import os
 import re
 import shutil
 import socket
@@ -30,7 +29,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from raptor_hf.card_words import dataset_label, describe_training
-from raptor_hf.checkpoint import write_text_atomically
+from raptor_hf.checkpoint import rename_over, write_text_atomically
 from raptor_hf.hub import PrivateData, check_private, collect_files
 from raptor_hf.settings import RESOLVED_FILE, parse_settings, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
@@ -206,16 +205,20 @@ def is_student(folder: Path) -> bool:
 
 
 def write_folder(folder: Path, files: dict[str, bytes | Path]) -> None:
-    """Puts the files into a folder beside it, which then takes its place: nothing of an older model stays."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    """Puts the files into a folder beside it, which then takes its place: nothing of an older model stays.
+
+    Killed at any moment, it leaves a whole model: the new one or the older, at worst beside its place, in
+    `.NAME.replaced`, which the next call removes once a model is in that place.
+    """
+    temporary, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "replaced"))
     if temporary.exists():  # of a command that was killed
         shutil.rmtree(temporary)
     for path, content in files.items():
         (temporary / path).parent.mkdir(parents=True, exist_ok=True)
         (temporary / path).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    rename_over(temporary, folder, replaced)
+    if replaced.exists():
+        shutil.rmtree(replaced)
 
 
 def make_table(cards_dir: str | Path, published: str | Path) -> str:
@@ -361,10 +364,9 @@ def _percent(share: float | None) -> str:
 
 def _retained(accuracy: float | None, teacher: float | None, unit: int = 100) -> str:
     """The student's share of the teacher's accuracy, and what that is; both times `unit` they are percents."""
-    if not teacher:
+    if accuracy is None or not teacher:
         return UNKNOWN
-    share = UNKNOWN if accuracy is None else f"{accuracy / teacher * 100:.1f} %"
-    return f"{share} of {teacher * unit:.1f} %"
+    return f"{accuracy / teacher * 100:.1f} % of {teacher * unit:.1f} %"
 
 
 if __name__ == "__main__":
