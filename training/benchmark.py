@@ -236,7 +236,7 @@ def run_growth(settings: BenchmarkSettings, device: torch.device) -> dict[str, A
     return {
         "growth": growth(StepShape(), GROWTH, device=device, repeats=min(5, settings.repeats), warmup=1),
         "phases": phase_growth(),
-        "processes": process_scaling(),
+        "processes": process_scaling(steps=40, repeats=2),
     }
 
 
