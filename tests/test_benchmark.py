@@ -54,7 +54,10 @@ def command(bench, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"parts": ["forward", "backward"]}, "parts is .*'backward'.*; it must hold some of forward, training, growth"),
+        (
+            {"parts": ["forward", "backward"]},
+            "parts is .*'backward'.*; it must hold some of forward, training, candidates, growth",
+        ),
         ({"parts": []}, "parts is"),
         ({"sizes": ["vitl14"]}, "sizes is .*'vitl14'.*some of digits, vits14, vitb14"),
         ({"dtypes": ["float16"]}, "dtypes is .*'float16'"),
@@ -169,7 +172,8 @@ def test_students_are_compiled_at_the_batch_in_the_middle(bench, monkeypatch, ba
     for name, result in (("compare_forward", compare_forward), ("peak_memories", None), ("compile_seconds", None)):
         monkeypatch.setattr(bench.benchmark_forward, name, result or (lambda *_: {}))
     monkeypatch.setattr(bench.benchmark_forward, "disk_and_start", lambda *_: {})
-    bench.run_forward(bench.BenchmarkSettings(sizes=["tiny"], batch_sizes=[*batch_sizes]), CPU)
+    settings = bench.BenchmarkSettings(sizes=["tiny"], compiled_sizes=["tiny"], batch_sizes=[*batch_sizes])
+    bench.run_forward(settings, CPU)
     assert [batch for batch, is_compiled in asked if is_compiled] == [compiled]
     assert [batch for batch, is_compiled in asked if not is_compiled] == [*batch_sizes]
 

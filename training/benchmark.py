@@ -12,7 +12,7 @@ to fidelity is a study of its own: training/configs/time_to_fidelity_*.yaml.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -59,14 +59,19 @@ class BenchmarkSettings:
     def __post_init__(self) -> None:
         if self.repeats < 3 or self.warmup < 1:
             raise ValueError(f"repeats is {self.repeats} and warmup {self.warmup}; they must be at least 3 and 1")
-        for name, known in (("parts", PARTS), ("sizes", SHAPES), ("dtypes", ("float32", "bfloat16"))):
+        for name, known in self._choices():
             values = getattr(self, name)
-            if not values or any(value not in known for value in values):
+            if (not values and name != "compiled_sizes") or any(value not in known for value in values):
                 raise ValueError(f"{name} is {values}; it must hold some of {', '.join(known)}")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"batch_sizes is {self.batch_sizes}; it must hold numbers of at least 1")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
+
+    @staticmethod
+    def _choices() -> tuple[tuple[str, Collection[str]], ...]:
+        dtypes = "float32", "bfloat16"
+        return ("parts", PARTS), ("sizes", SHAPES), ("compiled_sizes", SHAPES), ("dtypes", dtypes)
 
 
 def main() -> None:
