@@ -74,13 +74,7 @@ class StudySettings:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs is {self.jobs}; it must be at least 1")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}; it must hold at least one seed, each once")
-        slugs = [slug(name) for name, _ in split_variants(self.variants)]
-        if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
-            raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
+        check_plan(self.variants, self.seeds, self.jobs)
         if self.figure in NAMED_BY_SERIES and not all(", " in name for name, _ in split_variants(self.variants)):
             raise ValueError(f'the figure "{self.figure}" needs variants named "series, label --flag value ..."')
         if self.figure == "time_to_fidelity" and len(self.variants) < 2:
@@ -150,6 +144,21 @@ def main() -> None:
     if failed:
         names = "; ".join(f"{run.variant}, seed {run.seed}" for run in failed)
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: {names}")
+
+
+def check_plan(variants: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """Refuses what no study can run.
+
+    Raises:
+        ValueError: no job at a time, no seed or one twice, or variants whose folders would be the same.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; it must be at least 1")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {seeds}; it must hold at least one seed, each once")
+    slugs = [slug(name) for name, _ in split_variants(variants)]
+    if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
+        raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
 
 
 def split_variants(variants: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -355,8 +364,6 @@ def table(settings: StudySettings, variants: Mapping[str, Sequence[Record]], com
     """The Markdown page: how the numbers were made, the numbers, what they say."""
     records = [run for runs in variants.values() for run in runs]
     teacher_accuracy = records[0]["teacher_accuracy"]
-    devices = sorted({device_words(run["device"]) for run in records})
-    versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
     seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
     columns = {
         "R² last layer": [measured(runs, "r2_last", digits=3) for runs in variants.values()],
@@ -376,22 +383,33 @@ def table(settings: StudySettings, variants: Mapping[str, Sequence[Record]], com
         f"# {settings.title}",
         f"    {command}",
         f"Base {settings.base}, for all variants `{settings.common_flags.strip()}`; seeds {seeds}; "
-        f"{settings.jobs} run{'s' * (settings.jobs > 1)} at a time on: {'; '.join(devices)}. {'; '.join(versions)}."
+        f"{settings.jobs} run{'s' * (settings.jobs > 1)} at a time on: {machines(records)}."
         + (f" The teacher's accuracy is {100 * teacher_accuracy:.1f} %." if teacher_accuracy is not None else ""),
         "Mean ± standard deviation over seeds, on the test images, after the last step; in brackets the share of the "
         "teacher's cost. Seconds are wall-clock time beside whatever else the machine ran.",
     ]
     rows = zip(variants, *columns.values(), strict=True)
-    flags = [f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(settings.variants)]
     parts = (
         *header,
         markdown_table(("variant", *columns), rows),
         f"![{settings.title}](figure.png)",
         caption,
         "The flags of the variants:",
-        "\n".join(flags),
+        flag_list(settings.variants),
     )
     return "\n\n".join(parts) + "\n"
+
+
+def machines(records: Sequence[Record]) -> str:
+    """Devices and versions of all runs."""
+    devices = sorted({device_words(run["device"]) for run in records})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
+    return f"{'; '.join(devices)}. {'; '.join(versions)}"
+
+
+def flag_list(variants: Sequence[str]) -> str:
+    """The flags of every variant, a line each."""
+    return "\n".join(f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(variants))
 
 
 def measured(runs: Sequence[Record], key: str, unit: float = 1, digits: int = 1) -> str:

@@ -23,11 +23,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from distill import DistillSettings
-from study import PlannedRun, measured, read_json, run_all, slug, split_variants
+from study import (
+    PlannedRun,
+    check_plan,
+    flag_list,
+    machines,
+    measured,
+    read_json,
+    run_all,
+    slug,
+    split_variants,
+)
 from torch import Tensor
 from train_teacher import TeacherSettings
 
-from raptor_hf.card_words import device_words
 from raptor_hf.checkpoint import write_text_atomically
 from raptor_hf.data import load_image_processor, open_images
 from raptor_hf.loading import ImageLoader, eval_loader
@@ -35,7 +44,7 @@ from raptor_hf.metrics import FidelityAccumulator
 from raptor_hf.phases import Partition, phase_contrast
 from raptor_hf.recipe import write_json
 from raptor_hf.settings import parse_settings, prepare_output_dir, user_errors
-from raptor_hf.studies import by_variant
+from raptor_hf.studies import by_variant, markdown_table
 from raptor_hf.teacher import Teacher, load_teacher
 from raptor_hf.teacher_study import (
     ROLES,
@@ -70,18 +79,12 @@ class TeacherStudySettings:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs is {self.jobs}; it must be at least 1")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}; it must hold at least one seed, each once")
+        check_plan(self.variants, self.seeds, self.jobs)
         if self.teachers_dir == self.runs_dir:
             raise ValueError(
                 f"teachers_dir and runs_dir are both {self.runs_dir!r}; teachers and students need their own"
             )
         names = [name for name, _ in split_variants(self.variants)]
-        slugs = [slug(name) for name in names]
-        if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
-            raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
         if self.study == "training_time":
             if wrong := [name for name in names if role_of(name) is None]:
                 raise ValueError(f"variants has {wrong[0]!r}; in a study of training_time names begin with {ROLES}")
@@ -294,8 +297,6 @@ def table(
     settings: TeacherStudySettings, records: Sequence[dict[str, Any]], command: str, sentences: Sequence[str]
 ) -> str:
     """The Markdown page: how the numbers were made, the numbers, what they say."""
-    devices = sorted({device_words(run["device"]) for run in records})
-    versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
     seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
     columns = (
         ("teacher's accuracy (%)", "teacher_accuracy", 100, 1),
@@ -311,27 +312,27 @@ def table(
         ("student's accuracy (%)", "student_accuracy", 100, 1),
         ("kept (%)", "retained", 100, 1),
     )
-    lines = ["| variant | " + " | ".join(title for title, *_ in columns) + " |", "|---|" + "---:|" * len(columns)]
-    for name, runs in by_variant(records).items():
-        cells = [measured(runs, key, unit, digits) for _, key, unit, digits in columns]
-        lines.append("| " + " | ".join((name, *cells)) + " |")
+    rows = [
+        (name, *(measured(runs, key, unit, digits) for _, key, unit, digits in columns))
+        for name, runs in by_variant(records).items()
+    ]
     parts = (
         f"# {settings.title}",
         f"    {command}",
         f"Teachers by {settings.teacher_base} `{settings.teacher_flags.strip()}`, students by {settings.student_base} "
-        f"`{settings.student_flags.strip()}`; seeds {seeds}, of both, on: {'; '.join(devices)}. {'; '.join(versions)}.",
+        f"`{settings.student_flags.strip()}`; seeds {seeds}, of both, on: {machines(records)}.",
         "Mean ± standard deviation over seeds, on the test images where nothing else is said. Similarity is the mean "
         "cosine of two layers, contrast the same within phases minus across them. R² of copying is that of the "
         "embedding in place of all states, R² of the change the share of its error that the student removes; both, "
         "like R² mean, are means over layers. Kept is the student's accuracy over the teacher's, which says little of "
         "a teacher near chance.",
-        "\n".join(lines),
+        markdown_table(("variant", *(title for title, *_ in columns)), rows),
         f"![{settings.title}](figure.png)",
         f"What the paper says of large ViTs, here. In brackets: {INTERVALS}; for rank correlations whole variants are "
         "resampled, as seeds of one variant are not independent teachers.",
         "\n".join(f"- {sentence}" for sentence in sentences),
         "The flags of the variants:",
-        "\n".join(f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(settings.variants)),
+        flag_list(settings.variants),
     )
     return "\n\n".join(parts) + "\n"
 
