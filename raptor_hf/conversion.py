@@ -4,7 +4,7 @@
     student = student_from_teacher(teacher, (7, 3, 2), init="first", depth_conditioning="low_rank")
     to_dinov2(student).save_pretrained(folder)         # loads without this package
 
-Checkpoints of the method's research code are read by `raptor_hf.research`.
+Checkpoints of the method's research code are read by `raptor_hf.research_checkpoints`.
 """
 
 import copy

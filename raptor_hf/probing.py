@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .conversion import load_meta_linear_head, student_from_teacher
 from .families import find_classifier
-from .hub import list_heads
+from .hub.heads import list_heads
 from .metrics import NYU_SIZE, Accumulator, DepthErrors, MeanIoU, TopKAccuracy
 from .modeling_raptor import (
     RaptorForDepthEstimation,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from tiny_raptors import PLANS, tiny_config
 from transformers import AutoConfig, BeitConfig, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, ViTConfig
 
 from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSemanticSegmentation
+from tests.support.tiny_raptors import PLANS, tiny_config
 
 # transformers wraps what its validation finds; the message inside is ours
 REFUSALS = (ValueError, StrictDataclassError)

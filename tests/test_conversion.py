@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import DIM, FAMILIES, IMAGE_SIZES, NUM_LAYERS, hidden_states, images, randomize, tiny_dinov2
 
 from raptor_hf import (
     RaptorBackbone,
@@ -22,6 +21,16 @@ from raptor_hf import (
 from raptor_hf.conversion import load_meta_linear_head, student_from_teacher, to_dinov2
 from raptor_hf.phases import Partition
 from raptor_hf.teacher import Teacher, load_teacher
+from tests.support.tiny_models import (
+    DIM,
+    FAMILIES,
+    IMAGE_SIZES,
+    NUM_LAYERS,
+    hidden_states,
+    images,
+    randomize,
+    tiny_dinov2,
+)
 
 DATA = Path(os.environ.get("RAPTOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 UNTIED = (1,) * NUM_LAYERS

@@ -7,20 +7,6 @@ import json
 import PIL.Image
 import pytest
 import torch
-from tiny_models import DIM, NUM_LAYERS, images, randomize, tiny_dinov2
-from tiny_vits import (
-    IMAGE,
-    PATCH,
-    PREFIX,
-    TWO_TOWERS,
-    VITS,
-    WIDTH,
-    WITH_CLASSIFIER,
-    own_hidden_states,
-    tiny_vit,
-    two_towers,
-    vit_fields,
-)
 from transformers import (
     CLIPModel,
     CLIPVisionModelWithProjection,
@@ -34,13 +20,27 @@ from transformers import (
 )
 
 from raptor_hf.conversion import load_meta_linear_head, student_from_teacher
-from raptor_hf.data import load_image_processor
-from raptor_hf.dynamics import DynamicsAccumulator
+from raptor_hf.data.images import load_image_processor
+from raptor_hf.dynamics.motion import DynamicsAccumulator
 from raptor_hf.families import FAMILIES
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.phases import find_phases
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs, untrained
+from tests.support.tiny_models import DIM, NUM_LAYERS, images, randomize, tiny_dinov2
+from tests.support.tiny_vits import (
+    IMAGE,
+    PATCH,
+    PREFIX,
+    TWO_TOWERS,
+    VITS,
+    WIDTH,
+    WITH_CLASSIFIER,
+    own_hidden_states,
+    tiny_vit,
+    two_towers,
+    vit_fields,
+)
 
 # the size the position embeddings are for, a larger square, and two that are not square
 SIZES = ((28, 28), (42, 42), (28, 56), (35, 14))

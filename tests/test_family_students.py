@@ -3,9 +3,6 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tiny_models import DIM, NUM_LAYERS, images, randomize, tiny_dinov2
-from tiny_raptors import tiny_images, tiny_labels, tiny_model
-from tiny_vits import own_hidden_states, tiny_vit, two_towers, vit_fields
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
@@ -26,6 +23,9 @@ from raptor_hf.configuration_raptor import EMBEDDING_TYPES
 from raptor_hf.conversion import load_meta_linear_head, student_from_teacher, to_dinov2
 from raptor_hf.families import FAMILIES, count_parameters
 from raptor_hf.teacher import Teacher, load_teacher
+from tests.support.tiny_models import DIM, NUM_LAYERS, images, randomize, tiny_dinov2
+from tests.support.tiny_raptors import tiny_images, tiny_labels, tiny_model
+from tests.support.tiny_vits import own_hidden_states, tiny_vit, two_towers, vit_fields
 
 TEACHERS = ("vit", "deit", "vit_mae", "clip_vision_model", "siglip_vision_model")
 ACTIVATIONS = dict.fromkeys(TEACHERS, "gelu")

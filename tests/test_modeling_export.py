@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_raptors import ALL_CLASSES, HEADS, KINDS, tiny_images, tiny_labels, tiny_model
 
 from raptor_hf import RaptorBackbone, RaptorForDepthEstimation, RaptorForImageClassification, RaptorModel
+from tests.support.tiny_raptors import ALL_CLASSES, HEADS, KINDS, tiny_images, tiny_labels, tiny_model
 
 
 def cases(*quick: tuple[type, str]) -> list[Any]:

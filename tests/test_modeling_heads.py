@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_raptors import HEADS, tiny_images, tiny_labels, tiny_model
 
 from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, RaptorForSemanticSegmentation
+from tests.support.tiny_raptors import HEADS, tiny_images, tiny_labels, tiny_model
 
 
 def test_classifier_sees_cls_and_the_mean_of_the_patches():

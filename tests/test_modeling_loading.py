@@ -14,7 +14,6 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from tiny_raptors import ALL_CLASSES, HEADS, KINDS, tiny_config, tiny_images, tiny_model
 from torch import nn
 from transformers import AutoModel
 
@@ -22,6 +21,7 @@ from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, Ra
 from raptor_hf.configuration_raptor import AUTO_MAP
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.modeling_raptor import CODE_FILES
+from tests.support.tiny_raptors import ALL_CLASSES, HEADS, KINDS, tiny_config, tiny_images, tiny_model
 
 OLDEST_TRANSFORMERS = "transformers==5.17.*"
 

@@ -5,13 +5,22 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from reference_block import reference_states
-from tiny_raptors import ALL_CLASSES, HEADS, KINDS, PLANS, tiny_config, tiny_images, tiny_labels, tiny_model
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from raptor_hf import RaptorBackbone, RaptorForImageClassification, RaptorModel
 from raptor_hf.modeling_raptor import RaptorDropPath
+from tests.support.reference_block import reference_states
+from tests.support.tiny_raptors import (
+    ALL_CLASSES,
+    HEADS,
+    KINDS,
+    PLANS,
+    tiny_config,
+    tiny_images,
+    tiny_labels,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("plan_name", PLANS)

@@ -3,12 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import images, tiny_dinov2
-from tiny_raptors import tiny_images, tiny_labels, tiny_model
 from torch import nn
 
 from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, RaptorForSemanticSegmentation
-from raptor_hf.hub import save_head
+from raptor_hf.hub.heads import save_head
 from raptor_hf.metrics import DepthErrors
 from raptor_hf.probing import (
     Backbone,
@@ -22,6 +20,8 @@ from raptor_hf.probing import (
     make_probe,
     pool_features,
 )
+from tests.support.tiny_models import images, tiny_dinov2
+from tests.support.tiny_raptors import tiny_images, tiny_labels, tiny_model
 
 HEADS = {
     "image-classification": RaptorForImageClassification,

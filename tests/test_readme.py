@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from raptor_hf.conversion import student_from_teacher
-from raptor_hf.data import load_image_processor
+from raptor_hf.data.images import load_image_processor
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.teacher import load_teacher
 

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import DIM, FAMILIES, IMAGE_SIZES, NUM_LAYERS, hidden_states, images, randomize, tiny_dinov2
 from torch import nn
 from transformers import BeitConfig, BeitModel
 
@@ -13,6 +12,16 @@ from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSeman
 from raptor_hf.families import block_modules
 from raptor_hf.modeling_raptor import RaptorBlock
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
+from tests.support.tiny_models import (
+    DIM,
+    FAMILIES,
+    IMAGE_SIZES,
+    NUM_LAYERS,
+    hidden_states,
+    images,
+    randomize,
+    tiny_dinov2,
+)
 
 STUDENT = {"hidden_size": DIM, "num_attention_heads": 3, "image_size": 28, "num_register_tokens": 2}
 

@@ -1,6 +1,6 @@
 """Depth as time: analyse how the states of one or several models move through their layers, on the same images.
 
-    accelerate launch training/analyze.py training/configs/analyze_digits.yaml
+    accelerate launch training/analyze.py training/configs/analyze/digits.yaml
     accelerate launch training/analyze.py --model facebook/dinov2-with-registers-base --compare runs/k3 \
         --dataset imagenet-1k --split validation --num_images 2000 --output_dir runs/dynamics
 
@@ -26,22 +26,22 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from raptor_hf.basins import Reservoir, class_angles, has_class_pairs, image_key, summaries
-from raptor_hf.data import ImageSet, check_image_size, load_image_processor, open_images
-from raptor_hf.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator
-from raptor_hf.dynamics import DynamicsAccumulator, speed_jumps
-from raptor_hf.dynamics_figures import STYLES
-from raptor_hf.dynamics_report import Sample, summary_text, write_report
-from raptor_hf.extrapolation import DepthExtrapolation, EarlyExit
-from raptor_hf.findings import Analysis, findings
-from raptor_hf.interventions import EditExperiment, LayerEdit, Perturbation, layer_edits
-from raptor_hf.loading import eval_loader
+from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.data.loaders import eval_loader
+from raptor_hf.dynamics.basins import Reservoir, class_angles, has_class_pairs, image_key, summaries
+from raptor_hf.dynamics.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator
+from raptor_hf.dynamics.extrapolation import DepthExtrapolation, EarlyExit
+from raptor_hf.dynamics.figures import STYLES
+from raptor_hf.dynamics.findings import Analysis, findings
+from raptor_hf.dynamics.interventions import EditExperiment, LayerEdit, Perturbation, layer_edits
+from raptor_hf.dynamics.motion import DynamicsAccumulator, speed_jumps
+from raptor_hf.dynamics.ranks import SpectrumAccumulator
+from raptor_hf.dynamics.report import Sample, summary_text, write_report
 from raptor_hf.metrics import Accumulator, FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import Partition, find_phases
-from raptor_hf.recipe import describe_environment, warn_if_single_thread
-from raptor_hf.settings import parse_settings, settings_to_dict, user_errors
+from raptor_hf.recipes.loop import describe_environment, warn_if_single_thread
+from raptor_hf.recipes.settings import parse_settings, settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
-from raptor_hf.spectra import SpectrumAccumulator
 from raptor_hf.teacher import Teacher, load_teacher, untrained
 
 logger = logging.getLogger("analyze")

@@ -1,7 +1,7 @@
 """Distil a Hugging Face teacher into a Raptor: phases, stage 1, stage 2, fidelity, a folder that from_pretrained loads.
 
-    accelerate launch --config_file training/accelerate/cpu.yaml training/distill.py training/configs/digits_k3.yaml
-    accelerate launch training/distill.py training/configs/dinov2_vitb14_k3.yaml --batch_size 128 --output_dir runs/k3
+    accelerate launch --config_file training/accelerate/cpu.yaml training/distill.py CONFIG.yaml
+    accelerate launch training/distill.py training/configs/distill/dinov2_vitb14_k3.yaml --batch_size 128
 
 Every setting is a key of the YAML file and a flag of the same name. The same command, given again, resumes from the
 last checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config.
@@ -10,13 +10,11 @@ last checkpoint and ends with the weights of a run that never stopped. What a ru
 import contextlib
 import functools
 import logging
-import math
 import operator
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,142 +25,31 @@ from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from raptor_hf import figures
-from raptor_hf.checkpoint import resume_run, save_run
-from raptor_hf.conversion import student_from_teacher
-from raptor_hf.data import ImageSet, check_image_size, load_image_processor, open_images
-from raptor_hf.distillation import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
+from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
+from raptor_hf.distillation.settings import DistillSettings
+from raptor_hf.distillation.student import block_parameters, choose_partition, make_student, trial_partition
+from raptor_hf.distillation.task import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
-from raptor_hf.loading import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
-from raptor_hf.optimizers import OptimizerName, check_optimizer, make_optimizer
 from raptor_hf.phases import (
     Partition,
-    boundary_stability,
-    find_phases,
-    random_contiguous,
-    random_fragmented,
 )
-from raptor_hf.recipe import (
+from raptor_hf.recipes.checkpoint import resume_run, save_run
+from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
     cosine_schedule,
     describe_environment,
     warn_if_single_thread,
-    write_json,
 )
-from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.optimizers import check_optimizer, make_optimizer
+from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 
 logger = logging.getLogger("distill")
-
-
-@dataclass(frozen=True)
-class DistillSettings:
-    """Settings of a distillation; schedule, optimizer and losses are the published ones (arXiv 2512.19941)."""
-
-    # the teacher and the images
-    teacher: str
-    dataset: str
-    output_dir: str
-    teacher_revision: str | None = None
-    teacher_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # the teacher's layers that the student has a step for; all unless given, some for a shallower student
-    target_layers: list[int] | None = None
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str | None = None
-    label_column: str | None = None
-    streaming: bool = False
-    # the phases: given by block_repeats, otherwise num_blocks of them are found
-    block_repeats: list[int] | None = None
-    num_blocks: int | None = None
-    partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = "normalized"
-    phase_images: int = 10_000
-    num_bootstraps: int = 100
-    # the student
-    init: Literal["random", "first", "middle", "mean"] = "random"
-    depth_conditioning: Literal["none", "scale", "embedding", "low_rank"] = "scale"
-    conditioning_rank: int = 8
-    ffn_type: Literal["mlp", "swiglu"] | None = None
-    intermediate_size: int | None = None
-    block_layer_norm_eps: float | None = None
-    # the training
-    stage1_steps: int = 312_500
-    stage2_steps: int = 312_500
-    batch_size: int = 64
-    # "muon": for parameters of two dimensions, with AdamW for all others; no FSDP
-    optimizer: OptimizerName = "adamw"
-    learning_rate: float = 3e-4
-    final_learning_rate: float = 1e-6
-    warmup_steps: int = 10_000
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    teacher_forcing: Literal["anneal", "only", "none"] = "anneal"
-    anneal_fraction: float = 0.25
-    loss: Literal["mse", "frobenius"] = "mse"
-    normalize_loss: bool = False
-    cls_weighting: bool = True
-    stage1_weights: list[float] | None = None
-    stage2_weights: list[float] | None = None
-    horizon: int | None = None
-    input_noise: float = 0.0
-    train_block: int | None = None
-    # the machine
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    num_workers: int = 0
-    seed: int = 0
-    # the run
-    eval_batch_size: int = 64
-    eval_images: int | None = None
-    eval_every: int = 0
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    max_nonfinite_steps: int = 0
-    max_decode_failures: int = 100
-    tracker: str | None = None
-    override: bool = False
-
-    def __post_init__(self) -> None:
-        if self.block_repeats is None and self.num_blocks is None:
-            raise ValueError("give block_repeats (steps per block), or num_blocks to have the phases found")
-        if None not in (self.block_repeats, self.num_blocks) and len(self.block_repeats) != self.num_blocks:
-            raise ValueError(
-                f"block_repeats is {self.block_repeats}, but num_blocks is {self.num_blocks}; give one of them"
-            )
-        if self.target_layers is not None and self.block_repeats is None:
-            raise ValueError("phases are found in all layers; with target_layers give block_repeats")
-        if self.block_repeats is not None and min(self.block_repeats, default=0) < 1:
-            raise ValueError(f"block_repeats is {self.block_repeats}; it must be one or more numbers above 0")
-        positive = {"batch_size", "eval_batch_size", "phase_images", "gradient_accumulation_steps", "log_every"}
-        positive |= {"checkpoint_every", "keep_checkpoints", "learning_rate", "max_grad_norm", "eval_images", "horizon"}
-        positive |= {"conditioning_rank", "intermediate_size", "block_layer_norm_eps"}
-        for name, value in settings_to_dict(self).items():
-            if isinstance(value, int | float) and name != "train_block":
-                # written so that NaN does not pass
-                if not (value > 0 if name in positive else value >= 0):
-                    raise ValueError(f"{name} is {value}; it must be {'above' if name in positive else 'at least'} 0")
-        if math.isinf(self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite")
-        for name in ("stage1_weights", "stage2_weights"):
-            weights = getattr(self, name)
-            if weights is not None and not (len(weights) == 3 and min(weights) >= 0 and 0 < sum(weights) < math.inf):
-                raise ValueError(f"{name} is {weights}; it must be three weights, of cls, registers and patches")
-        if self.stage1_steps + self.stage2_steps == 0:
-            raise ValueError("stage1_steps and stage2_steps are both 0; there is nothing to train")
-        for name in ("stage1_steps", "stage2_steps"):
-            if 0 < getattr(self, name) <= self.warmup_steps:
-                raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below {name}, {getattr(self, name)}")
-        if not 0 <= self.anneal_fraction <= 1:
-            raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
-        if self.train_block is not None and self.stage2_steps:
-            raise ValueError("train_block trains one block in stage 1; it needs stage2_steps 0")
 
 
 def main() -> None:
@@ -345,76 +232,9 @@ def phases_of(
     return partition, variance.compute() if settings.normalize_loss else None
 
 
-def choose_partition(
-    distance: np.ndarray, similarity: SimilarityAccumulator | None, settings: DistillSettings, num_layers: int
-) -> tuple[Partition, dict[str, Any] | None]:
-    """The given or found partition, and for a found one its stability under a bootstrap over images."""
-    if settings.block_repeats is not None:
-        ends = np.cumsum(settings.block_repeats)[:-1].tolist()
-        return Partition.from_boundaries(ends, num_layers, method="given"), None
-    if settings.partition == "random_contiguous":
-        return random_contiguous(num_layers, settings.num_blocks, settings.seed), None
-    if settings.partition == "random_fragmented":
-        return random_fragmented(num_layers, settings.num_blocks, settings.seed), None
-    partition = find_phases(distance, settings.num_blocks, method=settings.partition)
-    if settings.num_bootstraps == 0 or settings.partition == "bisection":
-        return partition, None
-    stability = boundary_stability(similarity.bootstrap(), settings.num_blocks, method=settings.partition)
-    return partition, {
-        "boundary_frequency": stability.boundary_frequency,
-        "modal": stability.modal.to_dict(),
-        "modal_frequency": stability.modal_frequency,
-    }
-
-
-def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
-    """A partition of the wanted kind that needs no images: where phases are to be found, of made-up distances."""
-    layers = np.arange(num_layers)
-    distance = abs(layers - layers[:, None])
-    return choose_partition(distance, None, replace(settings, num_bootstraps=0), num_layers)[0]
-
-
-def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:
-    """The student, with everything frozen but its blocks and their conditioning."""
-    wanted = {
-        "ffn_type": settings.ffn_type,
-        "intermediate_size": settings.intermediate_size,
-        "block_layer_norm_eps": settings.block_layer_norm_eps,
-    }
-    overrides = {name: value for name, value in wanted.items() if value is not None}
-    # the trajectory to learn is that of a teacher without dropout or dropped paths, whatever it was trained with
-    overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    student = student_from_teacher(
-        teacher,
-        partition,
-        init=settings.init,
-        seed=settings.seed,
-        depth_conditioning=settings.depth_conditioning,
-        conditioning_rank=settings.conditioning_rank,
-        **overrides,
-    )
-    student.requires_grad_(False)
-    for block in range(partition.num_blocks):
-        if settings.train_block in (None, block):
-            for parameter in block_parameters(student, block):
-                parameter.requires_grad_(True)
-    if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if settings.compile:
-        for block in student.base_model.encoder.blocks:
-            block.compile()
-    return student.train()
-
-
 def has_fused_adamw(accelerator: Accelerator) -> bool:
     """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
     return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP
-
-
-def block_parameters(student: nn.Module, block: int) -> list[nn.Parameter]:
-    """Weights of one block and its conditioner."""
-    encoder = student.base_model.encoder
-    return [*encoder.blocks[block].parameters(), *encoder.conditioners[block].parameters()]
 
 
 class Run:

@@ -1,7 +1,7 @@
 """Train a linear head on a frozen backbone, report its metric, and save it into the model's folder as a variant.
 
-    accelerate launch --config_file training/accelerate/cpu.yaml training/probe.py training/configs/probe_digits.yaml
-    accelerate launch training/probe.py training/configs/probe_ade20k.yaml --model runs/k3
+    accelerate launch --config_file training/accelerate/cpu.yaml training/probe.py training/configs/probe/digits.yaml
+    accelerate launch training/probe.py training/configs/probe/ade20k.yaml --model runs/k3
 
 The backbone is a student, by folder or name, or a teacher, which is turned into the Raptor with one block per layer and
 saved as such: teacher and student go through the same code. Features are computed once where no augmentation asks for
@@ -37,13 +37,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from raptor_hf import figures
-from raptor_hf.checkpoint import resume_run, save_run
 from raptor_hf.configuration_raptor import as_pair
-from raptor_hf.data import ImageSet, check_image_size, check_labels, load_image_processor, open_images
-from raptor_hf.dense import DenseSet, open_dense
-from raptor_hf.hub import check_head, list_heads, save_head
+from raptor_hf.data.dense import DenseSet, open_dense
+from raptor_hf.data.images import ImageSet, check_image_size, check_labels, load_image_processor, open_images
+from raptor_hf.data.loaders import EpochOrder, ImageLoader, eval_loader, train_loader
+from raptor_hf.data.transforms import CropFlip, DepthCollate, SegmentationCollate
+from raptor_hf.hub.heads import check_head, list_heads, save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
-from raptor_hf.loading import EpochOrder, ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import NYU_SIZE
 from raptor_hf.probing import (
     PROTOCOLS,
@@ -59,17 +59,17 @@ from raptor_hf.probing import (
     make_probe,
     pool_features,
 )
-from raptor_hf.recipe import (
+from raptor_hf.recipes.checkpoint import resume_run, save_run
+from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
     cosine_schedule,
     describe_environment,
     warn_if_single_thread,
-    write_json,
 )
-from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import count_parameters, macs
-from raptor_hf.transforms import CropFlip, DepthCollate, SegmentationCollate
 
 logger = logging.getLogger("probe")
 

@@ -37,9 +37,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from raptor_hf import RaptorConfig
-from raptor_hf.cards import make_card
-from raptor_hf.hub import PrivateData, check_private, check_weights, collect_files, is_published
-from raptor_hf.settings import parse_settings, user_errors
+from raptor_hf.hub.heads import PrivateData, check_private, check_weights, collect_files, is_published
+from raptor_hf.hub.student_card import make_card
+from raptor_hf.recipes.settings import parse_settings, user_errors
 
 TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
 # what a repository may hold before the first model comes

@@ -1,7 +1,7 @@
 """Train a small DINOv2 with registers to classify images: a teacher where no pretrained one fits or can be had.
 
     accelerate launch --config_file training/accelerate/cpu.yaml training/train_teacher.py CONFIG.yaml
-    accelerate launch training/train_teacher.py training/configs/cifar10_teacher.yaml --batch_size 128
+    accelerate launch training/train_teacher.py training/configs/teacher/cifar10.yaml --batch_size 128
 
 Every setting is a key of the YAML file and a flag of the same name. The same command, given again, resumes from the
 last checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config
@@ -24,19 +24,19 @@ from tqdm import tqdm
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from raptor_hf.checkpoint import resume_run, save_run
-from raptor_hf.data import ImageSet, augment, open_images
-from raptor_hf.loading import ImageLoader, eval_loader, train_loader
+from raptor_hf.data.images import ImageSet, augment, open_images
+from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import TopKAccuracy
-from raptor_hf.recipe import (
+from raptor_hf.recipes.checkpoint import resume_run, save_run
+from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
     cosine_schedule,
     describe_environment,
     warn_if_single_thread,
-    write_json,
 )
-from raptor_hf.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import count_parameters
 
 logger = logging.getLogger("train_teacher")

@@ -22,18 +22,19 @@ from typing import Any
 
 import torch
 import yaml
-from distill import DistillSettings, make_student, trial_partition
 from huggingface_hub import get_token
-from publish import Publication, is_hub_dataset, make_publication, read_json
 from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from raptor_hf.card_words import dataset_label, describe_training
-from raptor_hf.checkpoint import rename_over, write_text_atomically
-from raptor_hf.hub import PrivateData, check_private, collect_files
-from raptor_hf.settings import RESOLVED_FILE, parse_settings, user_errors
+from raptor_hf.distillation.settings import DistillSettings
+from raptor_hf.distillation.student import make_student, trial_partition
+from raptor_hf.hub.card_words import dataset_label, describe_training
+from raptor_hf.hub.heads import PrivateData, check_private, collect_files
+from raptor_hf.hub.teacher_card import make_teacher_card
+from raptor_hf.recipes.files import rename_over, write_text_atomically
+from raptor_hf.recipes.settings import RESOLVED_FILE, parse_settings, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
-from raptor_hf.teacher_card import make_teacher_card
+from training.publish import Publication, is_hub_dataset, make_publication, read_json
 
 TEACHER_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "teacher.md"
 # of a teacher that was trained here from random weights

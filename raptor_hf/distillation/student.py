@@ -1,0 +1,80 @@
+"""The student of a distillation: the partition that its settings ask for, and a model with trainable blocks."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..conversion import student_from_teacher
+from ..phases import Partition, boundary_stability, find_phases, random_contiguous, random_fragmented
+from ..similarity import SimilarityAccumulator
+from ..teacher import Teacher
+from .settings import DistillSettings
+
+
+def choose_partition(
+    distance: np.ndarray, similarity: SimilarityAccumulator | None, settings: DistillSettings, num_layers: int
+) -> tuple[Partition, dict[str, Any] | None]:
+    """The given or found partition, and for a found one its stability under a bootstrap over images."""
+    if settings.block_repeats is not None:
+        ends = np.cumsum(settings.block_repeats)[:-1].tolist()
+        return Partition.from_boundaries(ends, num_layers, method="given"), None
+    if settings.partition == "random_contiguous":
+        return random_contiguous(num_layers, settings.num_blocks, settings.seed), None
+    if settings.partition == "random_fragmented":
+        return random_fragmented(num_layers, settings.num_blocks, settings.seed), None
+    partition = find_phases(distance, settings.num_blocks, method=settings.partition)
+    if settings.num_bootstraps == 0 or settings.partition == "bisection":
+        return partition, None
+    stability = boundary_stability(similarity.bootstrap(), settings.num_blocks, method=settings.partition)
+    return partition, {
+        "boundary_frequency": stability.boundary_frequency,
+        "modal": stability.modal.to_dict(),
+        "modal_frequency": stability.modal_frequency,
+    }
+
+
+def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
+    """A partition of the wanted kind that needs no images: where phases are to be found, of made-up distances."""
+    layers = np.arange(num_layers)
+    distance = abs(layers - layers[:, None])
+    return choose_partition(distance, None, replace(settings, num_bootstraps=0), num_layers)[0]
+
+
+def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:
+    """The student, with everything frozen but its blocks and their conditioning."""
+    wanted = {
+        "ffn_type": settings.ffn_type,
+        "intermediate_size": settings.intermediate_size,
+        "block_layer_norm_eps": settings.block_layer_norm_eps,
+    }
+    overrides = {name: value for name, value in wanted.items() if value is not None}
+    # the trajectory to learn is that of a teacher without dropout or dropped paths, whatever it was trained with
+    overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    student = student_from_teacher(
+        teacher,
+        partition,
+        init=settings.init,
+        seed=settings.seed,
+        depth_conditioning=settings.depth_conditioning,
+        conditioning_rank=settings.conditioning_rank,
+        **overrides,
+    )
+    student.requires_grad_(False)
+    for block in range(partition.num_blocks):
+        if settings.train_block in (None, block):
+            for parameter in block_parameters(student, block):
+                parameter.requires_grad_(True)
+    if settings.gradient_checkpointing:
+        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if settings.compile:
+        for block in student.base_model.encoder.blocks:
+            block.compile()
+    return student.train()
+
+
+def block_parameters(student: nn.Module, block: int) -> list[nn.Parameter]:
+    """Weights of one block and its conditioner."""
+    encoder = student.base_model.encoder
+    return [*encoder.blocks[block].parameters(), *encoder.conditioners[block].parameters()]

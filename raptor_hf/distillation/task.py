@@ -1,0 +1,269 @@
+"""Distilling a trajectory into recurrent blocks: losses, schedules and the two stages (section 4 of the paper).
+
+Stage 1 trains every block from the teacher's state at the start of its phase, by teacher forcing annealed to
+autoregression; given the trajectory the blocks are independent, so one teacher pass feeds all of them. Stage 2 trains
+all blocks together, autoregressively through all L steps:
+
+    task = DistillationTask(student, TrajectoryLoss(weights, ...), ...)
+    states = teacher.trajectory(pixel_values)                                # (B, L + 1, T, D)
+    losses = task(states, stage=1, forcing=teacher_forcing(step, num_steps)) # {"block_0": ..., "loss": ...}
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from ..metrics import Accumulator
+from ..modeling_raptor import RaptorModel, RaptorPreTrainedModel
+
+TOKEN_GROUPS = ("cls", "registers", "patches")
+
+
+def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) -> float:
+    """Weight lambda of teacher forcing in stage 1: from 1 linearly to 0 over the first part of the steps, then 0.
+
+    Args:
+        step: 0-based.
+        num_steps: of stage 1.
+        anneal_fraction: share of the steps that the descent takes; 0 for no teacher forcing at all.
+    """
+    length = anneal_fraction * num_steps
+    return max(0.0, 1.0 - step / length) if length > 0 else 0.0
+
+
+def token_group_sizes(num_tokens: int, num_registers: int, has_cls: bool = True) -> tuple[int, int, int]:
+    """Tokens in each of `TOKEN_GROUPS`, in their order in the sequence."""
+    return int(has_cls), num_registers, num_tokens - has_cls - num_registers
+
+
+def group_weights(weights: list[float], sizes: tuple[int, int, int]) -> list[float]:
+    """
+    Weights of the token groups; where a group is empty (no registers), the others are scaled to the same sum.
+
+    Args:
+        weights: of cls, registers and patches, each at least 0.
+        sizes: tokens in each group.
+
+    Raises:
+        ValueError: not three weights, a negative one, or nothing left to weigh.
+    """
+    if len(weights) != len(TOKEN_GROUPS) or min(weights) < 0:
+        raise ValueError(f"weights is {weights}; it must be three numbers >= 0, for {', '.join(TOKEN_GROUPS)}.")
+    present = [weight if size else 0.0 for weight, size in zip(weights, sizes, strict=True)]
+    if sum(present) <= 0:
+        raise ValueError(f"weights is {weights}; there must be a positive one for tokens that exist: {sizes}.")
+    return [weight * sum(weights) / sum(present) for weight in present]
+
+
+@dataclass(frozen=True)
+class TrajectoryLoss:
+    """The loss of one step: how far a state is from the teacher's.
+
+    Args:
+        kind: "mse", or "frobenius": the norm of the error of each image, averaged over images.
+        num_registers: R, to tell the token groups apart.
+        layer_scale: (L + 1,), what the error of each layer is divided by: the teacher's standard deviation in that
+            layer for a normalised loss; `None` for none.
+        has_cls: whether the first token is a cls token.
+
+    Raises:
+        ValueError: unknown `kind`.
+    """
+
+    kind: str = "mse"
+    num_registers: int = 0
+    layer_scale: Tensor | None = None
+    has_cls: bool = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mse", "frobenius"):
+            raise ValueError(f"kind is {self.kind!r}; it must be 'mse' or 'frobenius'.")
+
+    def __call__(self, student: Tensor, teacher: Tensor, layer: int, weights: list[float] | None = None) -> Tensor:
+        """
+        Args:
+            student: state of the student, (B, T, D).
+            teacher: state of the teacher, (B, T, D).
+            layer: l, that both stand for.
+            weights: of the groups cls, registers, patches, each group's loss being a mean over its tokens (or a norm);
+                `None` for all tokens alike.
+
+        Returns:
+            scalar, float32.
+        """
+        student, teacher = student.float(), teacher.float()
+        sizes = token_group_sizes(student.shape[1], self.num_registers, self.has_cls)
+        distance = self._frobenius if self.kind == "frobenius" else nn.functional.mse_loss
+        if weights is None:
+            loss = distance(student, teacher)
+        else:
+            # no difference of the states is kept for the gradient, only the states themselves, which are there anyway
+            groups = zip(student.split(sizes, 1), teacher.split(sizes, 1), group_weights(weights, sizes), strict=True)
+            loss = sum(weight * distance(own, target) for own, target, weight in groups if weight)
+        if self.layer_scale is None:
+            return loss
+        scale = self.layer_scale[layer]
+        return loss / (scale if self.kind == "frobenius" else scale.square())
+
+    @staticmethod
+    def _frobenius(student: Tensor, teacher: Tensor) -> Tensor:
+        """Norm of the difference of each image, averaged over images."""
+        return (student - teacher).flatten(1).norm(dim=1).mean()
+
+
+def runs(layers: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Splits ascending layers into runs of consecutive ones: (1, 2, 5) gives (1, 2), (5,)."""
+    cuts = [0, *(i for i, (a, b) in enumerate(pairwise(layers), start=1) if b != a + 1), len(layers)]
+    return [layers[start:end] for start, end in pairwise(cuts)]
+
+
+class DistillationTask(nn.Module):
+    """The student with the losses of both stages; a module, so that Accelerate can wrap it.
+
+    Args:
+        student: the model whose blocks are trained.
+        loss: of one step.
+        stage1_weights: token-group weights of the block of layer L in stage 1; the others weigh all tokens alike.
+            `None`: that block too.
+        stage2_weights: token-group weights of every step in stage 2; `None` for all tokens alike.
+        horizon: steps after which stage 2 starts again from the teacher's state; `None` for all L.
+        input_noise: standard deviation of the Gaussian noise on the states that blocks start from, relative to the root
+            mean square of each state.
+
+    Raises:
+        ValueError: weights, horizon or noise out of range.
+    """
+
+    def __init__(
+        self,
+        student: RaptorPreTrainedModel,
+        loss: TrajectoryLoss,
+        *,
+        stage1_weights: list[float] | None = None,
+        stage2_weights: list[float] | None = None,
+        horizon: int | None = None,
+        input_noise: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if horizon is not None and horizon < 1:
+            raise ValueError(f"horizon is {horizon}; it must be at least 1 step, or None for all.")
+        if input_noise < 0:
+            raise ValueError(f"input_noise is {input_noise}; it must be at least 0.")
+        for weights in (stage1_weights, stage2_weights):
+            if weights is not None:
+                group_weights(weights, (1, 1, 1))
+        self.student = student
+        self.loss = loss
+        self.stage1_weights, self.stage2_weights = stage1_weights, stage2_weights
+        self.horizon, self.input_noise = horizon, input_noise
+
+    @property
+    def backbone(self) -> RaptorModel:
+        return self.student.base_model
+
+    def forward(
+        self, states: Tensor, stage: int, forcing: float = 0.0, blocks: tuple[int, ...] | None = None
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            states: the teacher's trajectory, (B, L + 1, T, D), before the final norm.
+            stage: 1 or 2.
+            forcing: lambda, the weight of teacher forcing against autoregression in stage 1.
+            blocks: those to train in stage 1; `None` for all.
+
+        Returns:
+            "loss", the scalar to differentiate, and its parts, "block_J" for each block: its loss in stage 1, the mean
+            over its steps in stage 2.
+        """
+        if stage == 2:
+            return self.stage2_losses(states)
+        blocks = tuple(range(self.backbone.config.num_blocks)) if blocks is None else blocks
+        losses = {f"block_{block}": self.stage1_loss(states, block, forcing) for block in blocks}
+        return losses | {"loss": sum(losses.values())}
+
+    def stage1_loss(self, states: Tensor, block: int, forcing: float) -> Tensor:
+        """
+        lambda L_TF + (1 - lambda) L_AR of one block, each the mean over its steps.
+
+        Teacher forcing takes every step from the teacher's state before it; autoregression starts from the teacher's
+        state before each run of the block's layers and goes on from its own.
+        """
+        encoder, config = self.backbone.encoder, self.backbone.config
+        layers = config.block_layers[block]
+        weights = self.stage1_weights if config.num_hidden_layers in layers else None
+        plan = tuple((block, float(layer)) for layer in layers)
+        modulations = dict(zip(layers, encoder.modulations(plan), strict=True))
+        forced, rolled = [], []
+        for run in runs(layers):
+            state = None
+            for layer in run:
+                target = states[:, layer]
+                if state is None or forcing > 0:
+                    # the first step of a run is the same for both: each starts from the teacher
+                    stepped = encoder.blocks[block](self._start(states[:, layer - 1]), *modulations[layer])[0]
+                    forced.append(self.loss(stepped, target, layer, weights))
+                if state is None:
+                    state = stepped
+                    rolled.append(forced[-1])
+                elif forcing < 1:
+                    state = encoder.blocks[block](state, *modulations[layer])[0]
+                    rolled.append(self.loss(state, target, layer, weights))
+        if forcing == 0:
+            return torch.stack(rolled).mean()
+        if forcing == 1:
+            return torch.stack(forced).mean()
+        return forcing * torch.stack(forced).mean() + (1 - forcing) * torch.stack(rolled).mean()
+
+    def stage2_losses(self, states: Tensor) -> dict[str, Tensor]:
+        """Autoregressive from a_0 through all L steps (or afresh every `horizon` steps); means over the steps."""
+        encoder, config = self.backbone.encoder, self.backbone.config
+        horizon = self.horizon or config.num_hidden_layers
+        losses = []
+        plan = config.step_plan()
+        for step, ((block, _), modulation) in enumerate(zip(plan, encoder.modulations(plan), strict=True)):
+            if step % horizon == 0:
+                state = self._start(states[:, step])
+            state = encoder.blocks[block](state, *modulation)[0]
+            losses.append(self.loss(state, states[:, step + 1], step + 1, self.stage2_weights))
+        parts = {
+            f"block_{block}": torch.stack([losses[layer - 1] for layer in layers]).mean().detach()
+            for block, layers in enumerate(config.block_layers)
+        }
+        return parts | {"loss": torch.stack(losses).mean()}
+
+    def _start(self, state: Tensor) -> Tensor:
+        # the teacher may be in half precision
+        state = state.to(self.backbone.dtype)
+        if self.input_noise == 0:
+            return state
+        scale = self.input_noise * state.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
+        return state + (torch.randn_like(state) * scale).to(state.dtype)
+
+
+class LayerVariance(Accumulator):
+    """Streams the teacher's variance in every layer: per feature over images and tokens, then the mean over features.
+
+    Args:
+        num_layers: L.
+        hidden_size: D.
+    """
+
+    def __init__(self, num_layers: int, hidden_size: int) -> None:
+        super().__init__(1 + 2 * (num_layers + 1) * hidden_size)
+        self.shape = (2, num_layers + 1, hidden_size)
+
+    def update(self, states: Tensor) -> None:
+        """Adds a batch of trajectories, (B, L + 1, T, D)."""
+        layers = [state.float() for state in states.unbind(1)]
+        sums = [state.sum(dim=(0, 1), dtype=torch.float64) for state in layers]
+        squares = [state.square().sum(dim=(0, 1), dtype=torch.float64) for state in layers]
+        count = states.new_full((1,), states.shape[0] * states.shape[2], dtype=torch.float64)
+        self._add(torch.cat((count, *sums, *squares)))
+
+    def compute(self) -> Tensor:
+        """Variance of each layer 0..L, (L + 1,), float32."""
+        self._require_any(self._sums[0], "images")
+        mean, mean_square = self._sums[1:].view(self.shape) / self._sums[0]
+        return (mean_square - mean.square()).clamp(min=0).mean(dim=1).float()

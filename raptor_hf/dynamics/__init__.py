@@ -1,0 +1,6 @@
+"""Depth as time: what trajectories do, and what happens to them when a model is changed.
+
+`motion`: how directions converge and turn. `ranks`: of the updates. `basins`: angles of the classes. `dmd`: one linear
+map per phase. `interventions`: perturbed states, swapped and replaced layers. `extrapolation`: more or fewer steps.
+`findings`: which of the paper's hold. `report`, `figures`, `experiment_figures`: all of it to read.
+"""

@@ -1,0 +1,401 @@
+"""The card of a student, filled from what its run has written: metrics.json, resolved.yaml and the configuration.
+
+    card = make_card(metrics, settings, config, template="model_cards/template.md", name="org/raptor", ...)
+    card.save("README.md")
+
+Nothing in a card is written by hand. A number that a run has not measured is left out, and the card says that it is
+missing.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..configuration_raptor import RaptorConfig
+from ..modeling_raptor import (
+    RaptorForDepthEstimation,
+    RaptorForImageClassification,
+    RaptorForSemanticSegmentation,
+    RaptorModel,
+    RaptorPreTrainedModel,
+)
+from .card_words import (
+    check_front_matter,
+    dataset_label,
+    dataset_words,
+    describe_size,
+    describe_tokens,
+    describe_training,
+    percent,
+    short_count,
+)
+
+# student and teacher cost the same if their multiply-accumulates differ by no more
+ISO_COST = 0.02
+TAGS = ("raptor", "block-recurrent")
+# what the Hub calls the tasks of the heads
+PIPELINE_TAGS: dict[type[RaptorPreTrainedModel], str] = {
+    RaptorModel: "image-feature-extraction",
+    RaptorForImageClassification: "image-classification",
+    RaptorForSemanticSegmentation: "image-segmentation",
+    RaptorForDepthEstimation: "depth-estimation",
+}
+_PROBE_TASKS = {
+    "image-classification": "image-classification",
+    "semantic-segmentation": "image-segmentation",
+    "depth-estimation": "depth-estimation",
+}
+_CONDITIONINGS = {
+    "none": "none: a block does the same at each of its steps",
+    "scale": "scale: an MLP of the layer index scales attention, FFN and output",
+    "embedding": "embedding: a learned vector per layer index is added to the block's input",
+    "low_rank": "low_rank: per step, a low-rank term on two projections and an affine change of norms and LayerScales",
+}
+_FIGURES = {
+    "phases": "How unlike the teacher's layers are (1 - cos of {tokens}), and the phases found.",
+    "fidelity": "How near the student stays to the teacher, layer by layer.",
+    "losses": "Losses and learning rate of the distillation.",
+}
+
+
+def make_card(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    config: RaptorConfig,
+    *,
+    template: str | Path,
+    name: str,
+    classes: Mapping[str | None, type[RaptorPreTrainedModel]],
+    figures: Sequence[str],
+    license: str,
+    base_model: str | None,
+    datasets: Sequence[str],
+    license_name: str | None = None,
+    license_link: str | None = None,
+    teacher_link: str | None = None,
+    revision: str | None = None,
+    teacher_metrics: Mapping[str, Any] | None = None,
+    has_code: bool = True,
+) -> ModelCard:
+    """Fills the card of a distilled student.
+
+    Args:
+        metrics: the run's metrics.json, with "probes" and "quick_checks" if heads were trained.
+        settings: the run's resolved.yaml.
+        config: of the model.
+        template: Jinja file with the text.
+        name: what from_pretrained is given, the repository or a folder.
+        classes: of the models by variant, as `raptor_hf.hub.heads.check_weights` returns them.
+        figures: paths of the figures in the repository.
+        license: identifier of the weights' licence, as the Hub knows it.
+        base_model: the teacher's name on the Hub, None if it is not there.
+        datasets: names on the Hub of the data sets that student and heads were trained on.
+        license_name: what the licence is called, if `license` is "other".
+        license_link: where its text is.
+        teacher_link: the teacher's card, relative to this one, if it is not on the Hub.
+        revision: branch that is not the default one.
+        teacher_metrics: metrics.json of a folder with the teacher's probes, under the same names of variants.
+        has_code: whether the model's code lies beside the weights.
+
+    Raises:
+        ValueError: the front matter does not come back from the card as it went in.
+    """
+    probes = [_probe(variant, probe, teacher_metrics) for variant, probe in metrics.get("probes", {}).items()]
+    own = _own_head(metrics, settings, classes)
+    data = ModelCardData(
+        license=license,
+        license_name=license_name,
+        license_link=license_link,
+        library_name="transformers",
+        # the pipeline loads without a variant: only a head that lies beside the backbone works there
+        pipeline_tag=PIPELINE_TAGS[classes[None]],
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        metrics=list(dict.fromkeys(row["metric"] for row in ([own] if own else []) + probes)) or None,
+        tags=[*TAGS, *dict.fromkeys(PIPELINE_TAGS[kind] for kind in classes.values())],
+        model_name=name.rpartition("/")[2],
+        eval_results=_eval_results(metrics, settings, own, probes) or None,
+    )
+    if data.eval_results is None:
+        data.pop("model_name")
+    options = {"revision": revision} if revision else {}
+    card = ModelCard.from_template(
+        data,
+        template_path=str(template),
+        model_id=name,
+        short_name=name.rpartition("/")[2],
+        run=settings,
+        data_name=dataset_words(settings.get("dataset")),
+        config=config,
+        teacher=metrics.get("teacher", {}),
+        facts=_facts(metrics, config),
+        cost=_cost_line(metrics),
+        fidelity=_fidelity_rows(metrics.get("fidelity", {})),
+        own=own,
+        probes=probes,
+        checks=_quick_checks(metrics.get("quick_checks", {}), (teacher_metrics or {}).get("quick_checks", {})),
+        training=describe_training(metrics, settings),
+        figures=[(path, *_describe_figure(path, config)) for path in figures],
+        loads=[(variant, _auto_class(kind)) for variant, kind in classes.items()],
+        arguments="".join(f', {key}="{value}"' for key, value in options.items()),
+        has_code=has_code,
+        base_model_known=base_model is not None,
+        teacher_link=teacher_link,
+        missing=_missing(metrics, settings, probes, teacher_metrics, figures, base_model, teacher_link),
+    )
+    check_front_matter(card, data)
+    return card
+
+
+def _facts(metrics: Mapping[str, Any], config: RaptorConfig) -> list[tuple[str, str]]:
+    """The table of what a student is."""
+    blocks = " + ".join(map(str, config.block_repeats))
+    partition = f"{config.num_blocks} blocks for {config.num_hidden_layers} layers, {blocks} steps"
+    facts = [
+        ("blocks", partition),
+        ("phases", ", ".join(_layers(layers) for layers in config.block_layers)),
+        ("width, heads", f"{config.hidden_size}, {config.num_attention_heads}"),
+        ("FFN", f"{config.ffn_type}, {config.intermediate_size} wide"),
+        ("depth conditioning", _CONDITIONINGS[config.depth_conditioning]),
+        ("tokens", describe_tokens(config.has_cls, config.num_register_tokens, config.patch_size)),
+        ("image size", f"{describe_size(config.image_size)} px; others that are multiples of the patch work too"),
+    ]
+    for key, label in (("parameters", "parameters, without heads"), ("macs", "multiply-accumulates per image")):
+        student, teacher = (metrics.get(key, {}).get(who) for who in ("student", "teacher"))
+        if student:
+            share = f", {percent(student / teacher)} of the teacher's {short_count(teacher)}" if teacher else ""
+            facts.append((label, short_count(student) + share))
+    return facts
+
+
+def _cost_line(metrics: Mapping[str, Any]) -> str | None:
+    """Whether student and teacher cost the same to run."""
+    student, teacher = (metrics.get("macs", {}).get(who) for who in ("student", "teacher"))
+    if not student or not teacher:
+        return None
+    ratio = student / teacher
+    if abs(ratio - 1) <= ISO_COST:
+        return f"**Iso-cost**: it needs {ratio:.3f} times the teacher's multiply-accumulates."
+    more = "more" if ratio > 1 else "less"
+    return f"**Not iso-cost**: it needs {ratio:.3f} times the teacher's multiply-accumulates, {more} than the teacher."
+
+
+def _fidelity_rows(fidelity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Table of the fidelity per layer."""
+    if not fidelity.get("r2"):
+        return None
+    groups = {group: values for group, values in fidelity.get("cosine", {}).items() if values}
+    columns = {"R²": fidelity["r2"], "ε": fidelity.get("epsilon"), "ε / norm": fidelity.get("relative_epsilon")}
+    columns = {name: values for name, values in columns.items() if values}
+    columns |= {f"cos, {group}": values for group, values in groups.items()}
+    rows = zip(*columns.values(), strict=True)
+    return {
+        "header": list(columns),
+        "rows": [[_number(value) for value in row] for row in rows],
+        "mean_r2": _number(statistics.mean(value for value in fidelity["r2"] if value is not None)),
+        "agreement": percent(fidelity.get("agreement")),
+    }
+
+
+def _own_head(
+    metrics: Mapping[str, Any], settings: Mapping[str, Any], classes: Mapping[str | None, type]
+) -> dict[str, Any] | None:
+    """Accuracy of the student with the teacher's classifier, untouched."""
+    fidelity = metrics.get("fidelity", {})
+    if fidelity.get("student_accuracy") is None:
+        return None
+    return {
+        "variant": None if classes[None] is RaptorForImageClassification else "teacher",
+        "metric": "accuracy",
+        "value": fidelity["student_accuracy"],
+        "student": percent(fidelity["student_accuracy"]),
+        "teacher": percent(fidelity.get("teacher_accuracy")),
+        "dataset": dataset_label(settings.get("dataset")),
+        "split": settings.get("test_split"),
+    }
+
+
+def _probe(variant: str, probe: Mapping[str, Any], teacher_metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A row of the table of probes, with the teacher's numbers where they are of the same probe."""
+    metric = probe["metric"]
+    teacher = (teacher_metrics or {}).get("probes", {}).get(variant, {})
+    same = all(teacher.get(key) == probe.get(key) for key in ("task", "dataset", "dataset_config", "split", "metric"))
+    values = probe["last"][metric]
+    best = (probe.get("best") or {}).get(metric)
+    return {
+        **probe,
+        "dataset": dataset_label(probe["dataset"]),
+        "variant": variant,
+        "value": _mean(values),
+        "num_seeds": len(values),
+        "student": _spread(values, metric),
+        "best": _spread(best, metric) if best else None,
+        "teacher": _spread(teacher["last"][metric], metric) if teacher and same else None,
+    }
+
+
+def _eval_results(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    own: Mapping[str, Any] | None,
+    probes: Sequence[Mapping[str, Any]],
+) -> list[EvalResult]:
+    """What becomes the front matter's model-index; values as fractions, depth errors in metres."""
+    results = []
+    distilled = {
+        "dataset_type": dataset_label(settings.get("dataset")),
+        "dataset_name": dataset_label(settings.get("dataset")),
+        "dataset_config": settings.get("dataset_config"),
+        "dataset_split": settings.get("test_split"),
+        "dataset_revision": settings.get("dataset_revision"),
+    }
+    r2 = metrics.get("fidelity", {}).get("r2")
+    if r2 and r2[-1] is not None:
+        results.append(
+            EvalResult(
+                task_type="image-feature-extraction",
+                metric_type="r_squared",
+                metric_name="R2 of the teacher's last layer",
+                metric_value=round(r2[-1], 6),
+                **distilled,
+            )
+        )
+    if own:
+        results.append(
+            EvalResult(
+                task_type="image-classification",
+                metric_type="accuracy",
+                metric_name="accuracy with the teacher's classifier",
+                metric_value=round(own["value"], 6),
+                **distilled,
+            )
+        )
+    for probe in probes:
+        if probe["value"] is None:
+            continue
+        seeds = f"mean of {probe['num_seeds']} seeds" if probe["num_seeds"] > 1 else "one seed"
+        results.append(
+            EvalResult(
+                task_type=_PROBE_TASKS[probe["task"]],
+                dataset_type=probe["dataset"],
+                dataset_name=probe["dataset"],
+                dataset_config=probe.get("dataset_config"),
+                dataset_split=probe["split"],
+                metric_type=probe["metric"],
+                metric_name=f"{probe['metric']}, variant {probe['variant']}, {seeds}",
+                metric_value=round(probe["value"], 6),
+            )
+        )
+    return results
+
+
+def _quick_checks(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the checks without training."""
+    names = {"knn_accuracy": "k nearest neighbours", "logistic_regression_accuracy": "logistic regression"}
+    return [
+        {
+            "dataset": dataset_label(dataset),
+            "name": label + (f", k = {values['knn_k']}" if key == "knn_accuracy" and "knn_k" in values else ""),
+            "student": percent(values[key]),
+            "teacher": percent(teacher.get(dataset, {}).get(key)),
+        }
+        for dataset, values in student.items()
+        for key, label in names.items()
+        if values.get(key) is not None
+    ]
+
+
+def _missing(
+    metrics: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    probes: Sequence[Mapping[str, Any]],
+    teacher_metrics: Mapping[str, Any] | None,
+    figures: Sequence[str],
+    base_model: str | None,
+    teacher_link: str | None,
+) -> list[str]:
+    """What a reader would look for and not find."""
+    fidelity, missing = metrics.get("fidelity", {}), []
+    if not fidelity.get("r2"):
+        missing.append("the fidelity to the teacher")
+    for key, text in (
+        ("agreement", "how often student and teacher agree: the teacher has no classifier"),
+        (
+            "student_accuracy",
+            "accuracy with the teacher's classifier: it has none, or other classes than the images",
+        ),
+    ):
+        if fidelity.get(key) is None:
+            missing.append(text)
+    for key in ("parameters", "macs"):
+        if not all(metrics.get(key, {}).get(who) for who in ("student", "teacher")):
+            missing.append(("parameters" if key == "parameters" else "multiply-accumulates") + " of both models")
+    if not metrics.get("seconds") or not metrics.get("device"):
+        missing.append("the cost of the training")
+    if not probes:
+        missing.append("probes: no head was trained on this student")
+    if alone := [probe["variant"] for probe in probes if probe["teacher"] is None]:
+        missing.append(f"the teacher's number beside the probes {', '.join(alone)}")
+    if single := [probe["variant"] for probe in probes if probe["num_seeds"] < 2]:
+        missing.append(f"error bars of the probes {', '.join(single)}: one seed each")
+    if not any(Path(figure).stem == "phases" for figure in figures):
+        missing.append("the figure of the phases")
+    if base_model is None and teacher_link is None:
+        missing.append("a link to the teacher: it is not on the Hub, or its name there is not known")
+    elif base_model is not None and not metrics.get("teacher", {}).get("revision"):
+        missing.append("the teacher's revision")
+    missing.append("error bars of the distillation: this is one run, " + _seed(metrics, settings))
+    return missing
+
+
+def _seed(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    seed = metrics.get("seed", settings.get("seed"))
+    return "whose seed is not recorded" if seed is None else f"with seed {seed}"
+
+
+def _auto_class(kind: type[RaptorPreTrainedModel]) -> str:
+    """The Auto class that finds a class of ours."""
+    return "AutoModel" + kind.__name__.removeprefix("Raptor").removeprefix("Model")
+
+
+def _describe_figure(path: str, config: RaptorConfig) -> tuple[str, str]:
+    """Alternative text and caption."""
+    stem = Path(path).stem
+    if stem in _FIGURES:
+        tokens = "class token and mean patch" if config.has_cls else "the mean patch"
+        return stem, _FIGURES[stem].format(tokens=tokens)
+    if stem.startswith("probe-"):
+        variant = stem.removeprefix("probe-")
+        return f"predictions of {variant}", f"Predictions of the head `{variant}` on test images."
+    return stem.replace("-", " "), ""
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """Layers of a block, as a range where they follow each other."""
+    contiguous = list(layers) == list(range(layers[0], layers[-1] + 1))
+    inside = f"{layers[0]}-{layers[-1]}" if contiguous and len(layers) > 1 else ", ".join(map(str, layers))
+    return f"[{inside}]"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) and known else None
+
+
+def _spread(values: Sequence[float | None], metric: str) -> str | None:
+    """Mean and, of several seeds, the standard deviation; errors in metres as they are, shares in percent."""
+    mean = _mean(values)
+    if mean is None:
+        return None
+    factor, digits, unit = (1, 3, " m") if metric == "rmse" else (100, 1, " %")
+    deviation = f" ± {statistics.stdev(values) * factor:.{digits}f}" if len(values) > 1 else ""
+    return f"{mean * factor:.{digits}f}{deviation}{unit}"
+
+
+def _number(value: float | None) -> str:
+    """Four significant digits; a dash for what is not defined."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:#.4g}"

@@ -1,0 +1,86 @@
+"""Writing files so that a crash, or a reader at the wrong moment, sees the old content or the new, never a part."""
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Write a UTF-8 text file so that readers, and a crash, see the old content or the new, never a part.
+
+    Args:
+        path: file to create or replace; its folder exists.
+        text: the whole content.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    os.replace(temporary, path)
+    flush(path.parent)
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write a result file atomically, as strict JSON that any reader takes.
+
+    NumPy and torch scalars and arrays become numbers and lists. NaN and infinities, which JSON does not have, become
+    null: a metric that is not defined (the IoU of a class that no image shows) has no value.
+
+    Args:
+        path: file to create or replace; its folder exists.
+        obj: nested dicts (with string keys), lists and tuples of the above, strings, booleans and None.
+
+    Raises:
+        TypeError: something in it is none of these.
+    """
+    write_text_atomically(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(obj: Any) -> Any:
+    if isinstance(obj, Tensor):
+        obj = obj.detach().cpu()
+        obj = (obj.float() if obj.dtype == torch.bfloat16 else obj).numpy()  # NumPy has no bfloat16
+    if isinstance(obj, np.ndarray | np.generic):
+        obj = obj.tolist()
+    if isinstance(obj, dict):
+        if wrong := [key for key in obj if not isinstance(key, str)]:
+            raise TypeError(f"JSON keys are strings, got {wrong[0]!r}")
+        return {key: _plain(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if obj is None or isinstance(obj, str | int):
+        return obj
+    raise TypeError(f"cannot write a {type(obj).__name__} to JSON: {obj!r}")
+
+
+def rename_over(temporary: Path, target: Path, replaced: Path) -> None:
+    """Rename a folder; an older one of that name is moved aside first, so that a whole one always exists.
+
+    Args:
+        temporary: the new folder, complete.
+        target: its name from now on, on the same disk.
+        replaced: new name of what had it before. Left to the caller to remove; what else has this name is removed.
+    """
+    if target.exists():
+        if replaced.exists():
+            shutil.rmtree(replaced)
+        os.rename(target, replaced)
+    os.rename(temporary, target)
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder: a rename may reach the disk before the content does."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,277 @@
+"""What every training loop needs around its loop: learning rate, log lines, guards, and facts for the result files.
+
+A loop uses them like this:
+
+    log = IntervalLog(accelerator, num_steps=num_steps, images_per_step=batch_size, log_every=50)
+    guard = NonFiniteGuard()
+    for step, batch in enumerate(batches):
+        lr = cosine_schedule(step, num_steps=..., warmup_steps=..., base_lr=..., final_lr=...)
+        ...
+        if guard.check(step, is_finite, batch["names"]):
+            optimizer.step()
+        if record := log.update(step + 1, {"loss": loss}, lr=lr):
+            accelerator.log(record, step=step + 1)
+"""
+
+import contextlib
+import importlib.metadata
+import logging
+import math
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+
+def cosine_schedule(step: int, *, num_steps: int, warmup_steps: int, base_lr: float, final_lr: float) -> float:
+    """Learning rate of one step: linear from 0 over the warm-up, then a cosine down to `final_lr` at the last step.
+
+    Args:
+        step: 0-based index of the optimizer step; past the last one the rate stays at `final_lr`.
+        num_steps: length of the run.
+        warmup_steps: step 0 has rate 0, step `warmup_steps` the full rate; 0 for none.
+        base_lr: the full rate.
+        final_lr: the rate of step `num_steps - 1`.
+
+    Raises:
+        ValueError: the warm-up takes the whole run.
+    """
+    if not 0 <= warmup_steps < num_steps:
+        raise ValueError(f"warmup_steps={warmup_steps} must be at least 0 and less than num_steps={num_steps}")
+    if step < warmup_steps:
+        return base_lr * step / warmup_steps
+    if step == warmup_steps:  # a run that ends where the warm-up does never leaves the full rate
+        return base_lr
+    progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
+    return final_lr + (base_lr - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradients that are not finite."""
+
+
+class NonFiniteGuard:
+    """Decide whether an optimizer step may be taken, and end a run that has gone wrong.
+
+    Args:
+        max_in_a_row: number of consecutive bad steps that are skipped before the run ends. 0 ends it at the first one;
+            a few are normal under fp16, where the loss scale is found by overflowing.
+
+    Attributes:
+        num_skipped: bad steps so far.
+    """
+
+    def __init__(self, max_in_a_row: int = 0):
+        self.max_in_a_row = max_in_a_row
+        self.num_skipped = 0
+        self._in_a_row = 0
+
+    def check(self, step: int, is_finite: bool, names: Sequence[str]) -> bool:
+        """Judge one step.
+
+        Args:
+            step: for the message.
+            is_finite: whether loss and gradient norm are finite; must be the same on all processes.
+            names: the images of the batch, to find the culprit by.
+
+        Returns:
+            Whether the optimizer step may be taken.
+
+        Raises:
+            NonFiniteError: more than `max_in_a_row` steps in a row were not finite.
+        """
+        if is_finite:
+            self._in_a_row = 0
+            return True
+        self.num_skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row > self.max_in_a_row:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise NonFiniteError(
+                f"loss or gradients are not finite at step {step} ({self._in_a_row} in a row, {self.max_in_a_row} "
+                f"allowed), images {', '.join(map(str, names[:8]))}{more}. Lower the learning rate or the precision's "
+                f"risk (bf16 or fp32 instead of fp16), or look at these images"
+            )
+        return False
+
+
+class IntervalLog:
+    """Average the losses over intervals and print one line for each, without waiting for the device in between.
+
+    Args:
+        accelerator: losses are averaged over its processes; its main process prints.
+        num_steps: length of the run.
+        images_per_step: images of one optimizer step, over all processes.
+        log_every: length of an interval in steps; the last one may be shorter.
+
+    Attributes:
+        history: one JSON-able record per interval: step, the mean of each loss, lr, images_per_second, and seconds, the
+            time spent in the loop so far, earlier sessions included, what was done while `paused` left out.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, num_steps: int, images_per_step: int, log_every: int):
+        if log_every < 1:
+            raise ValueError(f"log_every must be at least 1, got {log_every}")
+        self.accelerator = accelerator
+        self.num_steps, self.images_per_step, self.log_every = num_steps, images_per_step, log_every
+        self.history: list[dict[str, Any]] = []
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._seconds = 0.0
+        self._restart_clock()
+
+    def update(self, step: int, losses: dict[str, Tensor], *, lr: float) -> dict[str, Any] | None:
+        """Take in one step; at the end of an interval, print its line. Collective then: all processes call it.
+
+        Args:
+            step: number of finished steps, this one included.
+            losses: scalar tensors on any device; the same names on all processes. A loss that is absent from some steps
+                is averaged over the others.
+            lr: learning rate of this step.
+
+        Returns:
+            The record of the interval, for the trackers, if one ended.
+        """
+        for name, value in losses.items():
+            value = value.detach().to(self.accelerator.device, torch.float32, non_blocking=True)
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self._interval_steps += 1
+        if step % self.log_every != 0 and step != self.num_steps:
+            return None
+
+        sums = self._synchronize()  # before the clock is read: until now the device may have been behind
+        seconds = time.perf_counter() - self._start
+        self._seconds += seconds
+        rate = self._interval_steps / seconds
+        record = {
+            "step": step,
+            **{name: total / self._counts[name] for name, total in sums.items()},
+            "lr": lr,
+            "images_per_second": rate * self.images_per_step,
+            "seconds": self._seconds,
+        }
+        self.history.append(record)
+        if self.accelerator.is_main_process:
+            tqdm.write(self._line(record, list(sums), eta=(self.num_steps - step) / rate))
+        self._sums, self._counts = {}, {}
+        self._restart_clock()
+        return record
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in the loop until now, as in `history`."""
+        return self._seconds + time.perf_counter() - self._start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stop the clock for something that is no training, such as an evaluation."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)  # the steps so far may still be under way
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - began
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return history and interval under way as JSON, for a checkpoint. Collective: all processes call it."""
+        return {
+            "history": list(self.history),
+            "sums": self._synchronize(),
+            "counts": dict(self._counts),
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`. The first line's img/s counts the steps of this session only."""
+        device = self.accelerator.device
+        self.history = list(state["history"])
+        self._sums = {
+            name: torch.tensor(total, dtype=torch.float32, device=device) for name, total in state["sums"].items()
+        }
+        self._counts = dict(state["counts"])
+        self._seconds = state["seconds"]
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._interval_steps = 0
+        self._start = time.perf_counter()
+
+    def _synchronize(self) -> dict[str, float]:
+        """Sums of the interval, averaged over the processes: one collective and one transfer for all of them."""
+        if not self._sums:
+            return {}
+        stacked = self.accelerator.reduce(torch.stack(list(self._sums.values())), reduction="mean")
+        return dict(zip(self._sums, stacked.tolist(), strict=True))
+
+    def _line(self, record: dict[str, Any], names: list[str], eta: float) -> str:
+        parts = [
+            f"step {record['step']}/{self.num_steps}",
+            *(f"{name} {record[name]:.5g}" for name in names),
+            f"lr {record['lr']:.3g}",
+            f"{record['images_per_second']:.1f} img/s",
+            f"ETA {timedelta(seconds=round(eta))}",
+            f"memory {peak_memory_bytes(self.accelerator.device) / 1e9:.2f} GB",
+        ]
+        return " | ".join(parts)
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Say what a result was computed with, naming neither machine nor user.
+
+    Returns:
+        "device": name of the GPU, or of the processor with the number of threads; "versions": of Python and of the
+        libraries that the result depends on, as far as they are installed as packages.
+    """
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "datasets", "raptor_hf"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # raptor_hf run from its sources
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "versions": versions}
+    threads = torch.get_num_threads()
+    device = f"{_processor_name()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return {"device": device, "versions": versions}
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty there
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: by tensors on a GPU, by this whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def warn_if_single_thread(logger: logging.Logger, accelerator: Accelerator) -> None:
+    """Tell a CPU user about idle cores: `accelerate launch` without a configuration sets OMP_NUM_THREADS=1."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    idle = num_cores // accelerator.num_processes > 1 and torch.get_num_threads() == 1
+    if accelerator.device.type == "cpu" and accelerator.is_main_process and idle:
+        logger.warning(
+            "computing with 1 thread per process on %d cores: launch with --config_file training/accelerate/cpu.yaml "
+            "or set OMP_NUM_THREADS",
+            num_cores,
+        )

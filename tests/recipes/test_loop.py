@@ -1,0 +1,294 @@
+"""The parts around the training loops: schedule, log lines, guards, result files."""
+
+import json
+import logging
+import math
+import platform
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from raptor_hf.recipes import loop
+from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.loop import (
+    IntervalLog,
+    NonFiniteError,
+    NonFiniteGuard,
+    cosine_schedule,
+    describe_environment,
+    peak_memory_bytes,
+    warn_if_single_thread,
+)
+
+PAPER = {"num_steps": 312_500, "warmup_steps": 10_000, "base_lr": 3e-4, "final_lr": 1e-6}
+
+
+def process(rank: int = 0, num_processes: int = 1, device: str = "cpu", reduce=lambda tensor, reduction: tensor):
+    """What IntervalLog sees of an Accelerator."""
+    return SimpleNamespace(
+        is_main_process=rank == 0, num_processes=num_processes, device=torch.device(device), reduce=reduce
+    )
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def test_schedule_is_zero_full_and_final_where_the_paper_says():
+    assert cosine_schedule(0, **PAPER) == 0.0
+    assert cosine_schedule(10_000, **PAPER) == 3e-4
+    assert cosine_schedule(312_499, **PAPER) == 1e-6
+    assert cosine_schedule(10**9, **PAPER) == 1e-6
+
+
+def test_schedule_equals_torch_linear_then_cosine():
+    settings = {"num_steps": 50, "warmup_steps": 10, "base_lr": 0.3, "final_lr": 0.01}
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.3)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=39, eta_min=0.01)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[10])
+    for step in range(50):
+        assert cosine_schedule(step, **settings) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), step
+        optimizer.step()
+        schedule.step()
+
+
+def test_schedule_of_a_single_step_trains():
+    assert cosine_schedule(0, num_steps=1, warmup_steps=0, base_lr=0.5, final_lr=0.1) == 0.5
+
+
+@pytest.mark.parametrize("warmup_steps", [-1, 5, 6])
+def test_schedule_whose_warmup_takes_the_whole_run_is_refused(warmup_steps):
+    with pytest.raises(ValueError, match=f"warmup_steps={warmup_steps}.*num_steps=5"):
+        cosine_schedule(0, num_steps=5, warmup_steps=warmup_steps, base_lr=1.0, final_lr=0.0)
+
+
+def test_guard_ends_the_run_at_the_first_bad_step_and_names_the_images():
+    guard = NonFiniteGuard()
+    assert guard.check(1, True, ["a.png"]) is True
+    with pytest.raises(NonFiniteError, match=r"at step 2 \(1 in a row, 0 allowed\), images b.png, c.png\."):
+        guard.check(2, False, ["b.png", "c.png"])
+
+
+def test_guard_counts_bad_steps_in_a_row_only():
+    guard = NonFiniteGuard(max_in_a_row=2)
+    judged = [guard.check(step, finite, ["x"]) for step, finite in enumerate([False, False, True, False, False])]
+    assert judged == [False, False, True, False, False] and guard.num_skipped == 4
+    with pytest.raises(NonFiniteError, match=r"at step 5 \(3 in a row, 2 allowed\)"):
+        guard.check(5, False, ["x"])
+
+
+def test_guard_names_only_some_images_of_a_large_batch():
+    with pytest.raises(NonFiniteError, match="images 0, 1, 2, 3, 4, 5, 6, 7 and 92 more"):
+        NonFiniteGuard().check(1, False, range(100))
+
+
+def test_log_line_says_loss_rate_speed_and_time_left(clock, capsys):
+    log = IntervalLog(process(), num_steps=100, images_per_step=64, log_every=4)
+    records = []
+    for step in range(1, 5):
+        clock.now += 0.5
+        records.append(log.update(step, {"loss": torch.tensor(float(step)), "tf": torch.tensor(0.25)}, lr=3e-4))
+    assert records[:3] == [None, None, None]
+    expected = {"step": 4, "loss": 2.5, "tf": 0.25, "lr": 3e-4, "images_per_second": 128.0, "seconds": 2.0}
+    assert records[3] == expected and log.history == [expected]
+    (line,) = capsys.readouterr().out.splitlines()
+    start = "step 4/100 | loss 2.5 | tf 0.25 | lr 0.0003 | 128.0 img/s | ETA 0:00:48 | memory "
+    assert line.startswith(start) and line.endswith(" GB")
+
+
+def test_log_averages_each_interval_alone_and_the_last_may_be_short(clock, capsys):
+    log = IntervalLog(process(), num_steps=5, images_per_step=10, log_every=2)
+    for step in range(1, 6):
+        clock.now += step
+        losses = {"loss": torch.tensor(float(step))} | ({"tf": torch.tensor(8.0)} if step == 1 else {})
+        log.update(step, losses, lr=0.1)
+    assert [(record["step"], record["loss"]) for record in log.history] == [(2, 1.5), (4, 3.5), (5, 5.0)]
+    assert [record.get("tf") for record in log.history] == [8.0, None, None]
+    assert [record["images_per_second"] for record in log.history] == pytest.approx([20 / 3, 20 / 7, 2.0])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_log_averages_over_processes_and_only_the_main_one_prints(capsys):
+    def average_with_the_other_process(tensor, reduction):
+        assert reduction == "mean"
+        return (tensor + torch.tensor([30.0, 3.0])) / 2  # the other one's sums over the interval
+
+    losses = {"loss": torch.tensor(10.0), "tf": torch.tensor(1.0)}
+    for rank in range(2):
+        accelerator = process(rank, num_processes=2, reduce=average_with_the_other_process)
+        log = IntervalLog(accelerator, num_steps=1, images_per_step=1, log_every=1)
+        record = log.update(1, losses, lr=0.1)
+        assert (record["loss"], record["tf"]) == (20.0, 2.0)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_log_does_not_wait_for_the_device_within_an_interval():
+    class CountTransfers(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    log = IntervalLog(process(), num_steps=100, images_per_step=1, log_every=50)
+    with CountTransfers() as transfers:
+        for step in range(1, 50):
+            log.update(step, {"loss": torch.ones((), requires_grad=True) * 2}, lr=0.1)
+        assert transfers.count == 0
+        float(torch.ones(()))
+        assert transfers.count == 1, "the test must see a transfer"
+
+
+def test_log_keeps_no_activations_alive():
+    class Packed:
+        def __init__(self, tensor):
+            self.tensor = tensor
+            saved.append(weakref.ref(self))
+
+    saved = []
+    weight = torch.ones(3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(Packed, lambda packed: packed.tensor):
+        loss = (weight * weight).sum()
+    log = IntervalLog(process(), num_steps=10, images_per_step=1, log_every=2)
+    log.update(1, {"loss": loss}, lr=0.1)
+    assert saved and saved[0]() is not None
+    del loss
+    assert all(packed() is None for packed in saved)
+
+
+def test_log_does_not_change_with_the_callers_tensor():
+    log = IntervalLog(process(), num_steps=10, images_per_step=1, log_every=2)
+    loss = torch.ones(())
+    log.update(1, {"loss": loss}, lr=0.1)
+    loss.fill_(100.0)
+    record = log.update(2, {"loss": torch.tensor(3.0)}, lr=0.1)
+    assert record["loss"] == 2.0
+
+
+def test_log_resumed_mid_interval_has_the_history_of_the_uninterrupted_run(clock):
+    def build():
+        return IntervalLog(process(), num_steps=9, images_per_step=2, log_every=3)
+
+    def run(log, steps):
+        for step in steps:
+            clock.now += 1.0
+            log.update(step, {"loss": torch.tensor(0.1) * step}, lr=1e-3 / step)
+
+    whole = build()
+    run(whole, range(1, 10))
+    clock.now += 1000
+    first, second = build(), build()
+    run(first, range(1, 6))
+    state = json.loads(json.dumps(first.state_dict()))
+    run(first, range(6, 7))  # steps after the checkpoint are lost, and must not leak into the state
+    clock.now += 1000
+    second.load_state_dict(state)
+    run(second, range(6, 10))
+    assert second.history == whole.history
+
+
+def test_log_works_beside_a_progress_bar_with_a_real_accelerator(capsys):
+    accelerator = Accelerator(cpu=True)
+    log = IntervalLog(accelerator, num_steps=4, images_per_step=8, log_every=2)
+    for step in tqdm(range(1, 5), disable=not accelerator.is_main_process):
+        log.update(step, {"loss": torch.tensor(1.0)}, lr=0.1)
+    captured = capsys.readouterr()
+    assert [line.split(" |")[0] for line in captured.out.splitlines()] == ["step 2/4", "step 4/4"]
+    assert "100%" in captured.err
+
+
+def test_log_needs_an_interval():
+    with pytest.raises(ValueError, match="log_every must be at least 1, got 0"):
+        IntervalLog(process(), num_steps=1, images_per_step=1, log_every=0)
+
+
+def test_json_takes_numbers_of_all_kinds(tmp_path):
+    write_json(
+        tmp_path / "a.json",
+        {
+            "numpy": [np.float32(0.5), np.int64(3), np.bool_(True), np.arange(4).reshape(2, 2)],
+            "torch": (torch.tensor(2), torch.tensor([0.25], dtype=torch.bfloat16), torch.ones(1, requires_grad=True)),
+            "plain": [1, 0.1 + 0.2, True, None, "é"],
+        },
+    )
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {
+        "numpy": [0.5, 3, True, [[0, 1], [2, 3]]],
+        "torch": [2, [0.25], [1.0]],
+        "plain": [1, 0.30000000000000004, True, None, "é"],
+    }
+
+
+def test_json_has_null_for_what_is_not_finite(tmp_path):
+    values = [math.nan, np.float32("inf"), torch.tensor([1.0, -math.inf])]
+    write_json(tmp_path / "a.json", {"values": values})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse) == {"values": [None, None, [1.0, None]]}
+
+
+@pytest.mark.parametrize("wrong, message", [({"a": object()}, "cannot write a object"), ({1: 2}, "keys are strings")])
+def test_json_refuses_what_it_cannot_hold_and_leaves_the_file(tmp_path, wrong, message):
+    path = tmp_path / "a.json"
+    write_json(path, {"good": 1})
+    with pytest.raises(TypeError, match=message):
+        write_json(path, wrong)
+    assert json.loads(path.read_text()) == {"good": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("num_threads, words", [(1, "1 thread"), (2, "2 threads")])
+def test_environment_is_device_and_versions_and_nothing_about_machine_or_user(monkeypatch, num_threads, words):
+    monkeypatch.setattr(loop, "_processor_name", lambda: "Some CPU @ 3 GHz")
+    monkeypatch.setattr(loop.torch, "get_num_threads", lambda: num_threads)
+    environment = describe_environment(torch.device("cpu"))
+    assert environment.keys() == {"device", "versions"}
+    assert environment["device"] == f"Some CPU @ 3 GHz, {words}"
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["python"] == platform.python_version()
+    assert {"transformers", "accelerate", "datasets"} <= environment["versions"].keys()
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
+def test_processor_is_named_as_the_system_names_it():
+    device = describe_environment(torch.device("cpu"))["device"]
+    name = device.rpartition(", ")[0]
+    assert name and (name in Path("/proc/cpuinfo").read_text() or name == platform.machine())
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_peak_memory_is_the_systems_high_water_mark_in_bytes():
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    expected = int(status["VmHWM"].split()[0]) * 1024
+    assert peak_memory_bytes(torch.device("cpu")) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "num_threads, num_cores, num_processes, device, warns",
+    [
+        (1, 8, 1, "cpu", True),
+        (1, 8, 2, "cpu", True),
+        (8, 8, 1, "cpu", False),
+        (1, 1, 1, "cpu", False),
+        (1, 8, 8, "cpu", False),
+        (1, 8, 1, "cuda", False),
+    ],
+)
+def test_idle_cores_are_pointed_out(monkeypatch, caplog, num_threads, num_cores, num_processes, device, warns):
+    monkeypatch.setattr(loop.torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr(loop.os, "sched_getaffinity", lambda pid: set(range(num_cores)), raising=False)
+    warn_if_single_thread(logging.getLogger("test"), process(num_processes=num_processes, device=device))
+    assert ("training/accelerate/cpu.yaml" in caplog.text) == warns
+    assert len(caplog.records) == warns

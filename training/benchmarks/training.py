@@ -1,0 +1,297 @@
+"""Training steps: this package beside the plain loop of reference_loop.py, at equal mathematics, weights and images.
+
+Both sides run the teacher once per step, transformers' own model, and take one optimizer step; in stage 1 the reference
+goes from block to block. benchmark.py calls this file and writes what it finds.
+"""
+
+import gc
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from raptor_hf.conversion import student_from_teacher
+from raptor_hf.distillation.student import block_parameters
+from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss
+from raptor_hf.teacher import Teacher
+
+from .measuring import Comparison, alternate, count_flops, matmul_peak, peak_memory, saved_bytes
+from .reference_loop import ReferenceLoop
+
+SHAPES: dict[str, dict[str, int]] = {
+    "digits": dict(hidden_size=96, num_attention_heads=3, image_size=8, patch_size=2, num_register_tokens=2),
+    "vits14": dict(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14),
+    "vitb14": dict(hidden_size=768, num_attention_heads=12, image_size=224, patch_size=14),
+}
+BLOCK_REPEATS = (7, 3, 2)
+# name of the row: stage and lambda; lambda is 0 for three quarters of the published stage 1
+STAGES = {"1, annealing": (1, 0.5), "1, autoregressive": (1, 0.0), "2": (2, 0.0)}
+# operators of a profile, by the first prefix that fits their names
+OPERATORS = {
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_linear", "aten::_addmm_activation"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
+    "norms": ("aten::native_layer_norm",),
+    "activations": ("aten::gelu", "aten::silu"),
+    "losses": ("aten::mse_loss",),
+    "copies": ("aten::copy_", "aten::cat", "aten::stack", "aten::fill_", "aten::zero_"),
+    "optimizer": ("aten::_fused_adamw", "Optimizer", "aten::_foreach"),
+    "sums and products": ("aten::add", "aten::mul", "aten::addcmul", "aten::sum", "aten::sub", "aten::div"),
+}
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One comparison of training steps.
+
+    Args:
+        size: of `SHAPES`.
+        batch_size: images.
+        ffn_type: "mlp" or "swiglu".
+        stage: of `STAGES`.
+        device: what both run on.
+        autocast: precision of ours; the reference is in fp32 always.
+        compile: whether our blocks are compiled.
+    """
+
+    size: str
+    batch_size: int
+    ffn_type: str
+    stage: str
+    device: torch.device
+    autocast: torch.dtype | None = None
+    compile: bool = False
+
+    @property
+    def precision(self) -> str:
+        """Of ours, in words."""
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
+
+class ReferenceStep:
+    """A step of the reference loop, the teacher's pass included.
+
+    Args:
+        loop: what is trained.
+        teacher: transformers' own model.
+        case: what is measured.
+        images: (B, 3, H, W).
+    """
+
+    def __init__(self, loop: ReferenceLoop, teacher: nn.Module, case: TrainingCase, images: Tensor) -> None:
+        self.loop, self.teacher, self.images = loop, teacher, images
+        self.stage, self.forcing = STAGES[case.stage]
+
+    def __call__(self) -> float:
+        """Takes the step; the loss before it."""
+        states = self.states()
+        return self.loop.stage2_step(states) if self.stage == 2 else self.loop.stage1_step(states, self.forcing)
+
+    def states(self) -> tuple[Tensor, ...]:
+        """States 0..L of the teacher, each (B, T, D)."""
+        with torch.no_grad():
+            return self.teacher(self.images, output_hidden_states=True).hidden_states
+
+    def saved_bytes(self) -> int:
+        """Activations saved at once, without the teacher's states; in stage 1, block by block, those of the largest."""
+        states = self.states()
+        losses = [partial(self.loop.stage2_loss, states)]
+        if self.stage == 1:
+            losses = [
+                partial(self.loop.stage1_loss, block, states, self.forcing) for block in range(len(self.loop.blocks))
+            ]
+        exclude = [*states, *self.loop.blocks.parameters()]
+        return max(saved_bytes(loss, exclude) for loss in losses)
+
+
+class OurStep:
+    """The step of distill.py without its data, logs and checks.
+
+    Args:
+        teacher: run in every step.
+        student: whose blocks are trained.
+        case: what is measured.
+        images: (B, 3, H, W).
+        learning_rate: of AdamW.
+    """
+
+    def __init__(
+        self, teacher: Teacher, student: nn.Module, case: TrainingCase, images: Tensor, learning_rate: float
+    ) -> None:
+        self.teacher, self.images, self.autocast = teacher, images, case.autocast
+        self.stage, self.forcing = STAGES[case.stage]
+        self.student = student.requires_grad_(False).train()
+        self.groups = [block_parameters(student, block) for block in range(student.config.num_blocks)]
+        # in stage 1 one after the other, as distill.py does in a single process
+        self.blocks_at_once = [(block,) for block in range(student.config.num_blocks)]
+        if self.stage == 2:
+            self.groups, self.blocks_at_once = [sum(self.groups, [])], [None]
+        trained = sum(self.groups, [])
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        if case.compile:
+            # what earlier cases compiled counts towards the limit of graphs per function, past which it stays eager
+            torch.compiler.reset()
+            for block in student.base_model.encoder.blocks:
+                block.compile()
+        self.task = DistillationTask(
+            student,
+            TrajectoryLoss("mse", teacher.num_registers),
+            stage1_weights=[0.34, 0.33, 0.33],
+            stage2_weights=[0.45, 0.10, 0.45],
+        )
+        self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=1e-4, fused=True)
+
+    def __call__(self) -> float:
+        """Takes the step; the loss before it."""
+        states, total = self.states(), 0.0
+        for blocks in self.blocks_at_once:
+            loss = self.loss(states, blocks)
+            loss.backward()
+            total += loss.detach()
+        for group in self.groups:
+            nn.utils.clip_grad_norm_(group, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total.item()
+
+    def states(self) -> Tensor:
+        """States 0..L of the teacher, (B, L + 1, T, D)."""
+        with self._precision():
+            return self.teacher.trajectory(self.images)
+
+    def loss(self, states: Tensor, blocks: tuple[int, ...] | None = None) -> Tensor:
+        """The loss with its graph; in stage 1 of some blocks, None for all."""
+        with self._precision():
+            return self.task(states, stage=self.stage, forcing=self.forcing, blocks=blocks)["loss"]
+
+    def saved_bytes(self) -> int:
+        """Activations saved at once, without the teacher's states."""
+        states = self.states()
+        excluded = [states, *self.student.parameters()]
+        return max(saved_bytes(partial(self.loss, states, blocks), excluded) for blocks in self.blocks_at_once)
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.images.device.type, self.autocast, enabled=self.autocast is not None)
+
+
+def build_steps(case: TrainingCase, learning_rate: float = 1e-4) -> tuple[ReferenceStep, OurStep]:
+    """The steps of both sides, with the same teacher and images, and equal weights in both students."""
+    torch.manual_seed(0)
+    shape = SHAPES[case.size]
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**shape)).eval()
+    student = student_from_teacher(
+        model,
+        BLOCK_REPEATS,
+        seed=0,
+        depth_conditioning="scale",
+        ffn_type=case.ffn_type,
+        intermediate_size=4 * shape["hidden_size"],
+        layerscale_value=0.1,  # of a trained block rather than a new one, so that losses mean something
+    ).to(case.device)
+    images = torch.randn(case.batch_size, 3, shape["image_size"], shape["image_size"], device=case.device)
+    reference = ReferenceLoop(student.base_model, learning_rate)
+    ours = OurStep(Teacher(model.to(case.device)), student, case, images, learning_rate)
+    return ReferenceStep(reference, model, case, images), ours
+
+
+def compare_training(case: TrainingCase, repeats: int, warmup: int) -> dict[str, Any]:
+    """
+    Time, saved activations and MFU of both.
+
+    Args:
+        case: what is measured.
+        repeats: repetitions that are timed, of both sides.
+        warmup: repetitions before these.
+
+    Returns:
+        A JSON-able row; `loss_difference` is relative, of the first step; `floor_seconds` the FLOPs of our step over
+        the matmul peak of our precision, measured in the same run.
+    """
+    reference, ours = build_steps(case)
+    losses = reference(), ours()
+    peaks = {
+        "reference": matmul_peak(case.device, torch.float32),
+        "ours": matmul_peak(case.device, case.autocast or torch.float32),
+    }
+    times = alternate([reference, ours], repeats=repeats, warmup=warmup, device=case.device)
+    comparison = Comparison(*times.tolist())
+    # neither FLOPs nor saved activations are seen in compiled code
+    eager = build_steps(replace(case, compile=False))[1] if case.compile else ours
+    flops = {"reference": count_flops(reference), "ours": count_flops(eager)}
+    seconds = dict(zip(("reference", "ours"), np.median(times, axis=1).tolist(), strict=True))
+    return {
+        "size": case.size,
+        "batch_size": case.batch_size,
+        "ffn_type": case.ffn_type,
+        "stage": case.stage,
+        "precision": case.precision,
+        "compiled": case.compile,
+        "seconds": seconds,
+        **comparison.to_dict(),
+        "repeats": repeats,
+        "images_per_second": {name: case.batch_size / value for name, value in seconds.items()},
+        "saved_bytes": {"reference": reference.saved_bytes(), "ours": eager.saved_bytes()},
+        "flops": flops,
+        "matmul_peak": peaks,
+        "mfu": {name: flops[name] / seconds[name] / peaks[name] for name in seconds},
+        "floor_seconds": flops["ours"] / peaks["ours"],
+        "loss_difference": abs(losses[1] - losses[0]) / abs(losses[0]),
+    }
+
+
+def peak_memories(case: TrainingCase) -> dict[str, int]:
+    """Peak memory in bytes of two steps of either side, models included, each in a process of its own on a CPU."""
+    return {name: peak_memory(partial(_two_steps, case, name), case.device) for name in ("reference", "ours")}
+
+
+def _two_steps(case: TrainingCase, name: str) -> None:
+    step = build_steps(case)[("reference", "ours").index(name)]
+    gc.collect()  # the other side's student
+    step()
+    step()
+
+
+def profile_step(case: TrainingCase, steps: int = 5) -> dict[str, Any]:
+    """
+    Where the time of our step goes.
+
+    Args:
+        case: what is profiled.
+        steps: that are recorded, after one that is not.
+
+    Returns:
+        A JSON-able row: `shares` of the operators' own time by kind (see `OPERATORS`), and the `slowest` operators.
+    """
+    _, step = build_steps(case)
+    step()
+    on_gpu = case.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step()
+    times = Counter()
+    for event in recorded.key_averages():
+        # kernels of a GPU are listed again, beside the operators that launched them
+        if event.device_type == DeviceType.CPU:
+            times[event.key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    total = sum(times.values())
+    kinds = Counter()
+    for name, microseconds in times.items():
+        kind = next((kind for kind, starts in OPERATORS.items() if name.startswith(starts)), "other, and Python")
+        kinds[kind] += microseconds / total
+    slowest = [{"operator": name, "share": value / total} for name, value in times.most_common(12)]
+    return {
+        "size": case.size,
+        "batch_size": case.batch_size,
+        "stage": case.stage,
+        "precision": case.precision,
+        "shares": dict(kinds.most_common()),
+        "slowest": slowest,
+    }

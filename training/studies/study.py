@@ -1,0 +1,442 @@
+"""Compare variants of a distillation over seeds: run what is missing, then write a table, a figure and the numbers.
+
+    python -m training.studies.study training/configs/study/digits_ladder.yaml --jobs 2
+
+A variant is a name followed by flags of distill.py, which is run once for every variant and seed. Given again, the same
+command leaves the runs that have finished, and resumes an interrupted one from its last checkpoint. What a study costs
+and gives stands in its config file.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raptor_hf.distillation.settings import DistillSettings
+from raptor_hf.figures import mean_and_deviation
+from raptor_hf.hub.card_words import device_words
+from raptor_hf.recipes.files import write_json, write_text_atomically
+from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+
+from . import figures
+from .conclusions import (
+    Conclusion,
+    Record,
+    by_variant,
+    convergence_caption,
+    ladder_caption,
+    markdown_table,
+    partitions_conclusion,
+    series_of,
+    time_to_fidelity_conclusion,
+    trade_off_caption,
+)
+from .frontier import Point, baseline_points, frontier_conclusion, study_points
+
+logger = logging.getLogger("study")
+
+NOT_COMPARED = ("output_dir", "seed", "override")
+NAMED_BY_SERIES = ("trade_off", "partitions", "frontier")
+NEED_EVALUATIONS = ("convergence", "time_to_fidelity")
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a study."""
+
+    title: str
+    base: str  # configuration of distill.py
+    variants: list[str]  # each "name --flag value ..."
+    output_dir: str  # of the table, the figure and the numbers
+    runs_dir: str  # of the students
+    figure: Literal["ladder", "convergence", "trade_off", "partitions", "frontier", "time_to_fidelity"]
+    common_flags: str = ""  # of all variants
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
+    num_seeds: list[int] | None = None  # one per variant: only the first so many of the seeds
+    # of the frontier: results.json of other studies and of tables of probes, each "file" or "file = pattern of names"
+    baselines: list[str] | None = None
+    # of the time to fidelity, one per variant but the last: its time that the last may take to come as far
+    goals: list[float] | None = None
+    published: list[float] | None = None  # one per variant
+    published_name: str = "published"
+    jobs: int = 1
+
+    def __post_init__(self) -> None:
+        check_plan(self.variants, self.seeds, self.jobs)
+        if self.figure in NAMED_BY_SERIES and not all(", " in name for name, _ in split_variants(self.variants)):
+            raise ValueError(f'the figure "{self.figure}" needs variants named "series, label --flag value ..."')
+        if self.figure == "time_to_fidelity" and len(self.variants) < 2:
+            raise ValueError('the figure "time_to_fidelity" compares the last variant with others; give at least 2')
+        if self.figure == "time_to_fidelity" and self.jobs > 1:
+            raise ValueError(f'jobs is {self.jobs}; the figure "time_to_fidelity" compares seconds, so it must be 1')
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        """Lists that go with the variants."""
+        if self.num_seeds is not None and (
+            len(self.num_seeds) != len(self.variants) or not all(1 <= n <= len(self.seeds) for n in self.num_seeds)
+        ):
+            raise ValueError(
+                f"num_seeds is {self.num_seeds}; it must have one number per variant, {len(self.variants)}, "
+                f"each between 1 and the number of seeds, {len(self.seeds)}"
+            )
+        for name, figure in (("baselines", "frontier"), ("goals", "time_to_fidelity")):
+            if getattr(self, name) is not None and self.figure != figure:
+                raise ValueError(f'{name} belong to the figure "{figure}", not to "{self.figure}"')
+        if self.goals is not None and (len(self.goals) != len(self.variants) - 1 or not min(self.goals) > 0):
+            raise ValueError(
+                f"goals is {self.goals}; it must have one number above 0 per variant but the last, "
+                f"{len(self.variants) - 1}"
+            )
+        if self.published is not None and len(self.published) != len(self.variants):
+            raise ValueError(
+                f"published has {len(self.published)} numbers; it must have one per variant, {len(self.variants)}"
+            )
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of distill.py."""
+
+    variant: str
+    seed: int
+    settings: DistillSettings
+    command: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def is_done(self) -> bool:
+        return (self.folder / "metrics.json").exists()
+
+
+def main() -> None:
+    settings = parse_settings(StudySettings)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    with user_errors():
+        runs = plan_runs(settings)
+        for run in runs:  # refuses folders that hold runs of other settings
+            prepare_output_dir(run.folder, run.settings)
+        read_baselines(settings.baselines)
+        output_dir = Path(settings.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+    failed = run_all(runs, settings.jobs)
+    order = [name for name, _ in split_variants(settings.variants)]
+    done = sorted((run for run in runs if run.is_done), key=lambda run: order.index(run.variant))
+    records = [record_of(run, settings.base) for run in done]
+    if records:
+        write_results(settings, records, output_dir, command_line(sys.argv[1:]))
+        print(f"saved to {output_dir}: results.json, table.md and figure.png")
+    if failed:
+        names = "; ".join(f"{run.variant}, seed {run.seed}" for run in failed)
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: {names}")
+
+
+def check_plan(variants: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
+    """Refuses what no study can run.
+
+    Raises:
+        ValueError: no job at a time, no seed or one twice, or variants whose folders would be the same.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; it must be at least 1")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds is {seeds}; it must hold at least one seed, each once")
+    slugs = [slug(name) for name, _ in split_variants(variants)]
+    if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
+        raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
+
+
+def split_variants(variants: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names and flags of the variants."""
+    pairs = []
+    for text in variants:
+        name, separator, flags = text.partition(" --")
+        pairs.append((name.strip(), shlex.split(separator + flags)))
+    return pairs
+
+
+def slug(name: str) -> str:
+    """A name as that of a folder: small letters, digits and dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def plan_runs(settings: StudySettings) -> list[PlannedRun]:
+    """All runs, with their settings checked by distill.py's own rules.
+
+    Raises:
+        ValueError: a flag or value that distill.py refuses, or one that gives the figure nothing to show.
+    """
+    runs = []
+    variants = split_variants(settings.variants)
+    num_seeds = settings.num_seeds or [len(settings.seeds)] * len(variants)
+    # the outer loop: a study that is cut short has compared all variants on some seeds
+    for index, seed in enumerate(settings.seeds):
+        for (name, flags), wanted in zip(variants, num_seeds, strict=True):
+            if index >= wanted:
+                continue
+            folder = Path(settings.runs_dir) / slug(name) / f"seed-{seed}"
+            arguments = [settings.base, *shlex.split(settings.common_flags), *flags]
+            arguments += ["--seed", str(seed), "--output_dir", folder.as_posix()]
+            try:
+                parsed = parse_settings(DistillSettings, arguments, exit_on_error=False)
+            except ValueError as error:
+                raise ValueError(f"variant {name!r}: {error}") from error
+            if settings.figure in NEED_EVALUATIONS and not parsed.eval_every:
+                raise ValueError(f"variant {name!r} has eval_every 0; the figure {settings.figure!r} needs evaluations")
+            command = [sys.executable, str(Path(__file__).parents[1] / "distill.py"), *arguments]
+            runs.append(PlannedRun(name, seed, parsed, command))
+    return runs
+
+
+def run_all(runs: Sequence[PlannedRun], jobs: int) -> list[PlannedRun]:
+    """Runs what is not done, some at a time with an equal share of the cores; those that failed."""
+    missing = [run for run in runs if not run.is_done]
+    logger.info("%d of %d runs to do, %d at a time", len(missing), len(runs), jobs)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    failed, began = [], time.perf_counter()
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(run_one, run, environment): run for run in missing}
+        for number, future in enumerate(as_completed(futures), start=1):
+            run, status = futures[future], future.result()
+            log = log_file(run)
+            outcome = "done" if status == 0 else f"FAILED with status {status}, the end of {log}:\n{tail(log)}"
+            minutes = (time.perf_counter() - began) / 60
+            logger.info(
+                "%d/%d | %.1f min | %s, seed %d: %s", number, len(missing), minutes, run.variant, run.seed, outcome
+            )
+            if status != 0:
+                failed.append(run)
+    finally:
+        pool.shutdown(cancel_futures=True)  # on an interrupt nothing new is started
+    return failed
+
+
+def run_one(run: PlannedRun, environment: dict[str, str]) -> int:
+    """The exit status of one run, whose output goes to its log."""
+    with log_file(run).open("w", encoding="utf-8") as log:
+        status = subprocess.run(run.command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
+    return status if status or run.is_done else 1
+
+
+def log_file(run: PlannedRun) -> Path:
+    """Where all that a run prints goes."""
+    return run.folder / "log.txt"
+
+
+def tail(path: Path, num_lines: int = 15) -> str:
+    """The last lines of a log, without the states that progress bars overwrote."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    lasting = [line.rstrip("\r").rpartition("\r")[2] for line in lines]
+    return "\n".join("    " + line for line in [line for line in lasting if line.strip()][-num_lines:])
+
+
+def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
+    """What matters of one finished run."""
+    metrics = read_json(run.folder / "metrics.json")
+    fidelity, seconds, settings = metrics["fidelity"], metrics["seconds"], run.settings
+    base_settings = settings_to_dict(parse_settings(DistillSettings, [base], exit_on_error=False))
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "overrides": {
+            name: value
+            for name, value in settings_to_dict(settings).items()
+            if name not in NOT_COMPARED and value != base_settings[name]
+        },
+        "r2_last": fidelity["r2"][-1],
+        "r2_mean": statistics.fmean(fidelity["r2"]),
+        **{name: fidelity[name] for name in ("agreement", "student_accuracy", "teacher_accuracy")},
+        "parameters": metrics["parameters"],
+        "macs": metrics["macs"],
+        "training_steps": settings.stage1_steps + settings.stage2_steps,
+        "training_seconds": seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
+        "batch_size": settings.batch_size,
+        "mixed_precision": settings.mixed_precision or "no",
+        "blocks": metrics["blocks"],
+        "evaluations": [evaluation_of(entry, settings.stage1_steps) for entry in metrics["evaluations"]],
+        "device": metrics["device"],
+        "versions": metrics["versions"],
+    }
+
+
+def evaluation_of(entry: Mapping[str, Any], stage1_steps: int) -> dict[str, Any]:
+    """What matters of one evaluation under way, in steps of both stages."""
+    return {
+        "step": entry["step"] + (stage1_steps if entry["stage"] == 2 else 0),
+        "r2_last": entry["r2"][-1],
+        "r2_mean": statistics.fmean(entry["r2"]),
+        # of both stages, without the evaluations; runs of older versions do not have these
+        **{name: entry[name] for name in ("seconds", "agreement", "student_accuracy") if name in entry},
+    }
+
+
+def read_baselines(baselines: Sequence[str] | None) -> list[Point]:
+    """The points of "file" or "file = pattern of names".
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: it holds no results, or none of that name.
+    """
+    points = []
+    for text in baselines or ():
+        path, _, pattern = text.partition(" = ")
+        try:
+            points += baseline_points(read_json(Path(path)), pattern or "*")
+        except ValueError as error:
+            raise ValueError(f"baselines has {text!r}: {error}") from error
+    return points
+
+
+def write_results(settings: StudySettings, records: Sequence[Record], output_dir: Path, command: str) -> None:
+    """results.json, table.md and figure.png."""
+    conclusion = conclude(settings, records, output_dir / "figure.png")
+    write_json(
+        output_dir / "results.json",
+        {
+            "title": settings.title,
+            "command": command,
+            "base": settings.base,
+            "common_flags": settings.common_flags,
+            "published": settings.published,
+            "published_name": settings.published_name if settings.published else None,
+            **({"comparisons": conclusion.numbers} if conclusion.numbers else {}),
+            "runs": records,
+        },
+    )
+    page = table(settings, by_variant(records), command, conclusion.text)
+    write_text_atomically(output_dir / "table.md", page)
+
+
+def conclude(settings: StudySettings, records: Sequence[Record], figure: Path) -> Conclusion:
+    """Draws the figure, and says what it shows."""
+    variants = by_variant(records)
+    # a variant whose runs have all failed keeps its place
+    wanted = {name: variants.get(name, []) for name, _ in split_variants(settings.variants)}
+    if settings.figure == "ladder":
+        keys = ("r2_last", "r2_mean", "agreement", "student_accuracy")
+        scores = {name: {key: [run[key] for run in runs] for key in keys} for name, runs in variants.items()}
+        figures.plot_ladder(scores, figure, teacher_accuracy=records[0]["teacher_accuracy"])
+        return Conclusion(ladder_caption(variants))
+    if settings.figure == "convergence":
+        curves = {name: [run["evaluations"] for run in runs] for name, runs in variants.items()}
+        figures.plot_convergence(curves, figure)
+        return Conclusion(convergence_caption(variants))
+    if settings.figure == "partitions":
+        draws: dict[str, dict[str, dict[str, list[float]]]] = {}
+        for name, runs in variants.items():
+            kind, _, label = name.rpartition(", ")
+            scores = {key: [run[key] for run in runs] for key in ("r2_last", "student_accuracy")}
+            draws.setdefault(label, {})[kind] = scores
+        figures.plot_partitions(draws, figure)
+        return partitions_conclusion(wanted)
+    if settings.figure == "frontier":
+        baselines = read_baselines(settings.baselines)
+        teacher_accuracy = records[0]["teacher_accuracy"]
+        figures.plot_frontier(study_points(records), baselines, teacher_accuracy, figure)
+        return frontier_conclusion(records, baselines)
+    if settings.figure == "time_to_fidelity":
+        conclusion = time_to_fidelity_conclusion(wanted, settings.goals)
+        figures.plot_time_to_fidelity(wanted, figure)
+        return conclusion
+    teacher = records[0]["parameters"]["teacher"], records[0]["macs"]["teacher"]
+    figures.plot_trade_off(series_of(variants), *teacher, figure)
+    return Conclusion(trade_off_caption(variants))
+
+
+def table(settings: StudySettings, variants: Mapping[str, Sequence[Record]], command: str, caption: str) -> str:
+    """The Markdown page: how the numbers were made, the numbers, what they say."""
+    records = [run for runs in variants.values() for run in runs]
+    teacher_accuracy = records[0]["teacher_accuracy"]
+    seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
+    columns = {
+        "R² last layer": [measured(runs, "r2_last", digits=3) for runs in variants.values()],
+        "R² mean": [measured(runs, "r2_mean", digits=3) for runs in variants.values()],
+        "accuracy (%)": [measured(runs, "student_accuracy", unit=100) for runs in variants.values()],
+        "agreement (%)": [measured(runs, "agreement", unit=100) for runs in variants.values()],
+        "parameters (M)": [share(runs[0]["parameters"]) for runs in variants.values()],
+        "MACs (M)": [share(runs[0]["macs"]) for runs in variants.values()],
+        "steps": [str(runs[0]["training_steps"]) for runs in variants.values()],
+        "training (s)": [measured(runs, "training_seconds", digits=0) for runs in variants.values()],
+    }
+    if settings.published:
+        names = [name for name, _ in split_variants(settings.variants)]
+        published = dict(zip(names, settings.published, strict=True))
+        columns[settings.published_name] = [f"{published[name]:g}" for name in variants]
+    header = [
+        f"# {settings.title}",
+        f"    {command}",
+        f"Base {settings.base}, for all variants `{settings.common_flags.strip()}`; seeds {seeds}; "
+        f"{settings.jobs} run{'s' * (settings.jobs > 1)} at a time on: {machines(records)}."
+        + (f" The teacher's accuracy is {100 * teacher_accuracy:.1f} %." if teacher_accuracy is not None else ""),
+        "Mean ± standard deviation over seeds, on the test images, after the last step; in brackets the share of the "
+        "teacher's cost. Seconds are wall-clock time beside whatever else the machine ran.",
+    ]
+    rows = zip(variants, *columns.values(), strict=True)
+    parts = (
+        *header,
+        markdown_table(("variant", *columns), rows),
+        f"![{settings.title}](figure.png)",
+        caption,
+        "The flags of the variants:",
+        flag_list(settings.variants),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def machines(records: Sequence[Record]) -> str:
+    """Devices and versions of all runs."""
+    devices = sorted({device_words(run["device"]) for run in records})
+    versions = sorted({", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in records})
+    return f"{'; '.join(devices)}. {'; '.join(versions)}"
+
+
+def flag_list(variants: Sequence[str]) -> str:
+    """The flags of every variant, a line each."""
+    return "\n".join(f"- {name}: `{shlex.join(flags)}`" for name, flags in split_variants(variants))
+
+
+def measured(runs: Sequence[Record], key: str, unit: float = 1, digits: int = 1) -> str:
+    """Mean and standard deviation over the seeds of one number."""
+    values = [run[key] for run in runs]
+    if any(value is None for value in values):
+        return "-"
+    mean, deviation = mean_and_deviation([unit * value for value in values])
+    return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
+
+
+def share(cost: dict[str, float]) -> str:
+    """The student's cost in millions and as a share of the teacher's."""
+    return f"{cost['student'] / 1e6:.2f} ({cost['student'] / cost['teacher']:.0%})"
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that a table names."""
+    return "python -m training.studies.study " + shlex.join(arguments)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a result file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\ninterrupted; the same command goes on with what is missing") from None
