@@ -206,7 +206,7 @@ class Teacher(nn.Module):
         """Parameters without heads, as `count_parameters` counts them."""
         return count_parameters(self.model)
 
-    def forward(self, pixel_values: Tensor) -> Any:
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Runs the model's own forward pass, with all patches and for images of any size.
 
         Args:
@@ -215,7 +215,7 @@ class Teacher(nn.Module):
         Returns:
             The model's own output.
         """
-        return self.model(pixel_values.to(self.model.dtype), **self._image_arguments(pixel_values))
+        return self.model(pixel_values.to(self.model.dtype), **self._image_arguments(pixel_values), **kwargs)
 
     @torch.no_grad()
     def trajectory(self, pixel_values: Tensor) -> Tensor:
