@@ -18,6 +18,7 @@ import evaluate
 import torch
 
 from .metrics import DepthErrors, FidelityAccumulator, MeanIoU, TopKAccuracy
+from .tokens import TokenLayout
 
 _CITATION = "Block-Recurrent Dynamics in Vision Transformers, arXiv 2512.19941, ICLR 2026"
 
@@ -139,7 +140,7 @@ Returns:
         for prediction, reference in zip(predictions, references, strict=True):
             student, teacher = _image(prediction), _image(reference)
             if accumulator is None:
-                accumulator = FidelityAccumulator(teacher.shape[1] - 1, num_registers, has_cls)
+                accumulator = FidelityAccumulator(teacher.shape[1] - 1, TokenLayout(num_registers, has_cls))
             accumulator.update(teacher, student)
         return accumulator.compute().to_dict()
 

@@ -6,8 +6,7 @@ size does not depend on how many images it has seen, and sums add up, so process
     accumulator = TopKAccuracy()
     for batch in loader:
         accumulator.update(model(batch["pixel_values"]).logits, batch["labels"])
-    total = accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum")
-    accumulator.load_sums(total)
+    accumulator.merge(accelerator)
     accumulator.compute()  # {"accuracy": ..., "top5_accuracy": ...}, the same on every process
 
 Every image must reach exactly one process: a loader that pads its last batch with repeated images (Accelerate does so
@@ -23,50 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .accumulators import Accumulator, cpu_float64
+from .tokens import TOKEN_GROUPS, TokenLayout
+
 NYU_SIZE = (480, 640)
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
-
-
-class Accumulator:
-    """What the metrics share: a vector of sums that batches and processes add to.
-
-    Args:
-        size: number of sums.
-    """
-
-    def __init__(self, size: int):
-        self._sums = torch.zeros(size, dtype=torch.float64)
-
-    def sums(self) -> Tensor:
-        """Returns a copy of the state, to be summed over processes.
-
-        Returns:
-            float64 vector on the CPU; element-wise addition of two of them merges what they have seen.
-        """
-        return self._sums.clone()
-
-    def load_sums(self, sums: Tensor) -> None:
-        """Replaces the state.
-
-        Args:
-            sums: what `sums` returned here, in another process, or the sum of several such vectors; any device.
-
-        Raises:
-            ValueError: if the vector has another size than this accumulator's.
-        """
-        if sums.shape != self._sums.shape:
-            raise ValueError(
-                f"sums has shape {tuple(sums.shape)}, but this {type(self).__name__} keeps {len(self._sums)} sums: "
-                "load only what an accumulator built with the same arguments returned"
-            )
-        self._sums = _to_cpu(sums).clone()
-
-    def _add(self, batch_sums: Tensor) -> None:
-        self._sums += _to_cpu(batch_sums)
-
-    def _require_any(self, count: Tensor, what: str) -> None:
-        if count == 0:
-            raise ValueError(f"{type(self).__name__} has seen no {what}: call update before compute")
 
 
 class TopKAccuracy(Accumulator):
@@ -114,7 +74,7 @@ class TopKAccuracy(Accumulator):
             rank = (predictions != labels).long()
         else:
             rank = _rank_of_label(predictions, labels)
-        counts = [torch.tensor(len(labels), device=rank.device)] + [(rank < k).sum() for k in self.topk]
+        counts = [rank.new_full((), len(labels))] + [(rank < k).sum() for k in self.topk]
         self._add(torch.stack(counts))
 
     def compute(self) -> dict[str, float]:
@@ -251,7 +211,7 @@ class DepthErrors(Accumulator):
         # The counts stay integers until they are float64: a large batch has more pixels than float32 can count.
         counts = torch.stack([valid.sum(), (ratio < 1.25).sum()])
         errors = torch.stack([error.square().sum(), (error.abs() / truth).sum()])
-        self._add(torch.cat([_to_cpu(counts), _to_cpu(errors)]))
+        self._add(torch.cat([cpu_float64(counts), cpu_float64(errors)]))
 
     def compute(self) -> dict[str, float]:
         """Returns `rmse` in metres, `abs_rel` (mean of |error| / truth) and `delta1` (fraction within a factor 1.25).
@@ -306,16 +266,14 @@ class FidelityAccumulator(Accumulator):
 
     Args:
         num_layers: L.
-        num_registers: R, number of register tokens.
-        has_cls: whether the first token is the class token.
+        tokens: which tokens are class token, registers, patches.
         hidden_size: D. Taken from the first batch if not given; needed where a process may receive no batch at all
             and must still take part in the all-reduce.
     """
 
-    def __init__(self, num_layers: int, num_registers: int, has_cls: bool = True, hidden_size: int | None = None):
+    def __init__(self, num_layers: int, tokens: TokenLayout, hidden_size: int | None = None):
         self.num_layers = num_layers
-        self.num_registers = num_registers
-        self.has_cls = has_cls
+        self.tokens = tokens
         self.hidden_size = hidden_size
         super().__init__(0 if hidden_size is None else self._num_sums(hidden_size))
 
@@ -365,11 +323,11 @@ class FidelityAccumulator(Accumulator):
             self._allocate(hidden_size)
         if num_images == 0:
             return
-        token_sizes = [int(self.has_cls), self.num_registers, num_tokens - self.has_cls - self.num_registers]
+        token_sizes = self.tokens.sizes(num_tokens)
         # One layer at a time: the float32 copies of all layers at once would take gigabytes.
         layer_pairs = zip(teacher_states[:, 1:].unbind(1), student_states[:, 1:].unbind(1), strict=True)
         rows = [_layer_statistics(teacher, student, token_sizes) for teacher, student in layer_pairs]
-        errors_cosines, variance, mean = _to_cpu(torch.stack(rows)).split([6, 1, hidden_size], dim=1)
+        errors_cosines, variance, mean = cpu_float64(torch.stack(rows)).split([6, 1, hidden_size], dim=1)
         count = num_images * num_tokens
         second_moment = count * (variance + mean.square().sum(1, keepdim=True))
         layers = torch.cat([errors_cosines, second_moment, count * mean], dim=1)
@@ -381,17 +339,8 @@ class FidelityAccumulator(Accumulator):
                 f"teacher_states and student_states must have one shape, but have {tuple(teacher_states.shape)} and "
                 f"{tuple(student_states.shape)}"
             )
-        if teacher_states.ndim != 4 or teacher_states.shape[1] != self.num_layers + 1:
-            raise ValueError(
-                f"teacher_states must be (B, {self.num_layers + 1}, T, D), embeddings and {self.num_layers} layers, "
-                f"but is {tuple(teacher_states.shape)}"
-            )
-        num_tokens, hidden_size = teacher_states.shape[2:]
-        if num_tokens <= self.has_cls + self.num_registers:
-            raise ValueError(
-                f"teacher_states has {num_tokens} tokens, but has_cls={self.has_cls} and "
-                f"num_registers={self.num_registers} leave none of them for patches"
-            )
+        self.tokens.check_states(teacher_states, self.num_layers, "teacher_states")
+        hidden_size = teacher_states.shape[3]
         if self.hidden_size not in (None, hidden_size):
             raise ValueError(f"teacher_states has {hidden_size} features, but hidden_size is {self.hidden_size}")
 
@@ -406,20 +355,21 @@ class FidelityAccumulator(Accumulator):
         layers = self._sums[2:].reshape(self.num_layers, -1)
         squared_error, epsilon, relative_epsilon, *cosines, second_moment = layers[:, :7].unbind(1)
         scatter = second_moment - layers[:, 7:].square().sum(1) / num_tokens
-        cls, registers = num_images * self.has_cls, num_images * self.num_registers
-        counts = {"cls": cls, "registers": registers, "patches": num_tokens - cls - registers}
+        # patches: what is left of all tokens of all images, for their number may differ from image to image
+        cls, registers, _ = self.tokens.sizes(0)
+        counts = [num_images * cls, num_images * registers, num_tokens - num_images * (cls + registers)]
         return Fidelity(
             r2=1 - squared_error / scatter,
             epsilon=epsilon / num_images,
             relative_epsilon=relative_epsilon / num_images,
             cosine={
                 name: cosine / count if count > 0 else None
-                for (name, count), cosine in zip(counts.items(), cosines, strict=True)
+                for name, count, cosine in zip(TOKEN_GROUPS, counts, cosines, strict=True)
             },
         )
 
 
-def _layer_statistics(teacher: Tensor, student: Tensor, token_sizes: list[int]) -> Tensor:
+def _layer_statistics(teacher: Tensor, student: Tensor, token_sizes: tuple[int, int, int]) -> Tensor:
     """Six sums, the teacher's total variance and its mean per feature, of one layer: (B, T, D) -> (7 + D,)."""
     teacher, student = _at_least_float32(teacher), _at_least_float32(student)
     error = torch.linalg.vector_norm(student - teacher, dim=(1, 2))
@@ -440,8 +390,3 @@ def _rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _to_cpu(sums: Tensor) -> Tensor:
-    # First to the CPU, then to float64: not every device has float64.
-    return sums.detach().cpu().to(torch.float64)

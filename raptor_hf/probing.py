@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .accumulators import Accumulator
 from .conversion import load_meta_linear_head, student_from_teacher
 from .families import find_classifier
 from .hub.heads import list_heads
-from .metrics import NYU_SIZE, Accumulator, DepthErrors, MeanIoU, TopKAccuracy
+from .metrics import NYU_SIZE, DepthErrors, MeanIoU, TopKAccuracy
 from .modeling_raptor import (
     RaptorForDepthEstimation,
     RaptorForImageClassification,

@@ -1,6 +1,6 @@
 """How alike the layers of a trajectory are: one distance between every two of them, streamed over images.
 
-accumulator = SimilarityAccumulator(num_layers=12, num_registers=4)
+accumulator = SimilarityAccumulator(num_layers=12, tokens=teacher.tokens)
 for states in trajectories:                        # (B, L + 1, T, D)
     accumulator.update(states)
 distance = accumulator.compute()                   # (L, L), for raptor_hf.phases.find_phases
@@ -13,10 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .accumulators import Accumulator, in_float64
+from .tokens import TokenLayout
+
 Kind = Literal["cosine", "mse", "cka"]
 
 
-class SimilarityAccumulator:
+class SimilarityAccumulator(Accumulator):
     """Streams trajectories into one distance between every two layers, in memory independent of the number of images.
 
     Every layer of every image is summarised by its cls token and the mean of its patch tokens; registers are left out.
@@ -31,9 +34,8 @@ class SimilarityAccumulator:
 
     Args:
         num_layers: L, layers of the teacher.
-        num_registers: R, register tokens between cls and the patches.
+        tokens: which tokens are cls, registers, patches; without a cls the patch mean is the only summary.
         kind: the distance, one of the three above.
-        has_cls: whether the first token is a cls token; without one the patch mean is the only summary.
         num_bootstraps: replicas of an online bootstrap over images, `"cosine"` only. Each replica counts each image
             Poisson(1) times, which resamples without storing anything per image (Hanley & MacGibbon, 2006).
         seed: of the bootstrap; processes that share the images must each have their own.
@@ -45,26 +47,23 @@ class SimilarityAccumulator:
     def __init__(
         self,
         num_layers: int,
-        num_registers: int = 0,
+        tokens: TokenLayout,
         kind: Kind = "cosine",
-        has_cls: bool = True,
         num_bootstraps: int = 0,
         seed: int = 0,
     ) -> None:
         check_choice("kind", kind, get_args(Kind))
         check_at_least("num_layers", num_layers, 1)
-        check_at_least("num_registers", num_registers, 0)
         check_at_least("num_bootstraps", num_bootstraps, 0)
         if num_bootstraps and kind != "cosine":
             raise ValueError(f"num_bootstraps={num_bootstraps} needs kind='cosine', not kind={kind!r}")
         self.num_layers = num_layers
-        self.num_registers = num_registers
+        self.tokens = tokens
         self.kind = kind
-        self.has_cls = has_cls
         self.num_bootstraps = num_bootstraps
         self._generator = np.random.default_rng(seed)
         # Row 0 counts every image once, the others are the replicas: the sum of weights, then that of the matrices.
-        self._sums = torch.zeros(1 + num_bootstraps, 1 + num_layers**2, dtype=torch.float64)
+        super().__init__((1 + num_bootstraps, 1 + num_layers**2))
 
     @property
     def num_images(self) -> int:
@@ -81,55 +80,29 @@ class SimilarityAccumulator:
         Raises:
             ValueError: if the shape does not fit, or if `"cka"` gets fewer than 4 images, too few for its estimate.
         """
-        num_special = self.has_cls + self.num_registers
-        if states.ndim != 4 or states.shape[1] != self.num_layers + 1 or states.shape[2] <= num_special:
-            raise ValueError(
-                f"states must be (B, {self.num_layers + 1}, T > {num_special}, D) for num_layers={self.num_layers}, "
-                f"num_registers={self.num_registers}, has_cls={self.has_cls}; got {tuple(states.shape)}"
-            )
+        self.tokens.check_states(states, self.num_layers)
         num_images = states.shape[0]
         states = states[:, 1:]
         if self.kind == "mse":
-            self._add(np.ones((num_images, 1)), _state_grams(states))
+            self._add_weighted(np.ones((num_images, 1)), _state_grams(states))
         elif self.kind == "cka":
             if num_images < 4:
                 raise ValueError(
                     f"states holds {num_images} images; kind='cka' needs at least 4 per update (drop the last batch)"
                 )
-            hsic = _unbiased_hsic(self._summaries(states))
-            self._add(np.full((1, 1), num_images), hsic[None])
+            hsic = _unbiased_hsic(self.tokens.summaries(states))
+            self._add_weighted(np.full((1, 1), num_images), hsic[None])
         else:
             # Drawn image by image, so that the replicas do not depend on how the images are batched.
             draws = self._generator.poisson(1.0, (num_images, self.num_bootstraps))
-            self._add(np.hstack([np.ones((num_images, 1)), draws]), _cosine_distances(self._summaries(states)))
+            self._add_weighted(
+                np.hstack([np.ones((num_images, 1)), draws]), _cosine_distances(self.tokens.summaries(states))
+            )
 
-    def _summaries(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, L, T, D) -> (B, L, S, D), S = 2: cls and the patch mean, at least float32."""
-        wide = torch.promote_types(states.dtype, torch.float32)
-        patches = states[:, :, self.has_cls + self.num_registers :].mean(2, keepdim=True, dtype=wide)
-        return torch.cat([states[:, :, :1].to(wide), patches], 2) if self.has_cls else patches
-
-    def _add(self, weights: np.ndarray, matrices: torch.Tensor) -> None:
+    def _add_weighted(self, weights: np.ndarray, matrices: torch.Tensor) -> None:
         """Adds N matrices (N, L, L) with their weights (N, 1 + num_bootstraps)."""
         rows = torch.from_numpy(weights).to(torch.float64).T
-        self._sums += torch.cat([rows.sum(1, keepdim=True), rows @ matrices.flatten(1).cpu()], 1)
-
-    def sums(self) -> torch.Tensor:
-        """Everything accumulated, (1 + num_bootstraps, 1 + L^2) float64 on the CPU; a copy.
-
-        Over processes it adds up: sum-reduce it and give the result to `load_sums` of any accumulator built alike.
-        """
-        return self._sums.clone()
-
-    def load_sums(self, sums: torch.Tensor) -> None:
-        """Replaces everything accumulated by `sums`, of the form that `sums()` has.
-
-        Raises:
-            ValueError: if the shape is not that of this accumulator.
-        """
-        if sums.shape != self._sums.shape:
-            raise ValueError(f"sums must be {tuple(self._sums.shape)} for this accumulator, got {tuple(sums.shape)}")
-        self._sums = sums.detach().to("cpu", torch.float64, copy=True)
+        self._add(torch.cat([rows.sum(1, keepdim=True), rows @ matrices.flatten(1).cpu()], 1))
 
     def compute(self) -> np.ndarray:
         """Returns the distances (L, L) float64 over all images: symmetric, not negative, zero on the diagonal.
@@ -168,25 +141,20 @@ class SimilarityAccumulator:
         return distances
 
 
-def _to_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Apple's GPUs have no float64: there, and only there, the work moves to the CPU."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
-
-
 def _cosine_distances(summaries: torch.Tensor) -> torch.Tensor:
     """(B, L, S, D) -> (B, L, L), 1 - cos averaged over the S summaries.
 
     In float64 because it is cheap and neither TF32 nor autocast touches it; both would cost more than the smallest
     distances.
     """
-    unit = F.normalize(_to_float64(summaries), dim=-1).transpose(1, 2)
+    unit = F.normalize(in_float64(summaries), dim=-1).transpose(1, 2)
     return 1 - (unit @ unit.transpose(2, 3)).mean(1)
 
 
 def _state_grams(states: torch.Tensor) -> torch.Tensor:
     """(B, L, T, D) -> (B, L, L), inner products of full states, per token and feature."""
     # One image at a time: float64 copies of a whole batch of states would not fit beside a teacher.
-    flat = (_to_float64(image.flatten(1)) for image in states)
+    flat = (in_float64(image.flatten(1)) for image in states)
     return torch.stack([layers @ layers.T / layers.shape[1] for layers in flat])
 
 
@@ -195,7 +163,7 @@ def _unbiased_hsic(summaries: torch.Tensor) -> torch.Tensor:
 
     Computed as the inner product of U-centred kernels (Székely & Rizzo, 2014), which is the same number.
     """
-    features = _to_float64(summaries).flatten(2).transpose(0, 1)
+    features = in_float64(summaries).flatten(2).transpose(0, 1)
     features = features - features.mean(1, keepdim=True)  # changes nothing but the rounding
     n = features.shape[1]
     kernels = features @ features.transpose(1, 2)

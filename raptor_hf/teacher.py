@@ -37,6 +37,7 @@ from .families import (
     layer_to_raptor,
     vision_config,
 )
+from .tokens import TokenLayout
 
 
 def load_teacher(
@@ -187,9 +188,14 @@ class Teacher(nn.Module):
         return getattr(self.config, "num_register_tokens", 0) + FAMILIES[self.family].num_extra_tokens
 
     @property
+    def tokens(self) -> TokenLayout:
+        """Which tokens of a state are cls, registers, patches."""
+        return TokenLayout(self.num_registers, self.has_cls)
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: cls and registers."""
-        return self.has_cls + self.num_registers
+        return self.tokens.num_prefix_tokens
 
     @property
     def patch_size(self) -> int | tuple[int, int]:
@@ -362,10 +368,11 @@ class Teacher(nn.Module):
         """
         if self.classifier is None:
             return None
-        family, first = FAMILIES[self.family], self.num_prefix_tokens
-        tokens = self.final_norm(last_state) if family.head_is_normed else last_state.to(self.classifier.weight.dtype)
-        parts = {"cls": tokens[:, 0], "registers": tokens[:, 1:first].flatten(1), "patches": tokens[:, first:].mean(1)}
-        return self.classifier(torch.cat([parts[part] for part in self._head], 1))
+        is_normed = FAMILIES[self.family].head_is_normed
+        state = self.final_norm(last_state) if is_normed else last_state.to(self.classifier.weight.dtype)
+        groups = {name: state[:, tokens] for name, tokens in self.tokens.slices.items()}
+        groups["patches"] = groups["patches"].mean(1)
+        return self.classifier(torch.cat([groups[name].flatten(1) for name in self._head], 1))
 
     @property
     def _head(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from raptor_hf.evaluate_modules import AccuracyMetric, DepthMetric, FidelityMetric, MeanIoUMetric
 from raptor_hf.metrics import DepthErrors, FidelityAccumulator, MeanIoU, TopKAccuracy
+from raptor_hf.tokens import TokenLayout
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_depth_equals_the_accumulator(generator, options):
 def test_fidelity_equals_the_accumulator(generator, options):
     teacher = torch.randn(4, 3, 7, 5, generator=generator)
     student = teacher + 0.1 * torch.randn(teacher.shape, generator=generator)
-    accumulator = FidelityAccumulator(2, 2)
+    accumulator = FidelityAccumulator(2, TokenLayout(2))
     accumulator.update(teacher, student)
     expected = accumulator.compute()
     result = FidelityMetric(**options).compute(predictions=student, references=teacher, num_registers=2)

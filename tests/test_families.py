@@ -172,7 +172,7 @@ def test_facts_that_analyses_rely_on(family):
 def test_similarity_phases_and_dynamics_leave_the_prefix_out_of_the_patches(family):
     teacher = Teacher(tiny_vit(family))
     states = teacher.trajectory(images(batch=3))
-    similarity = SimilarityAccumulator(NUM_LAYERS, teacher.num_registers, has_cls=teacher.has_cls)
+    similarity = SimilarityAccumulator(NUM_LAYERS, teacher.tokens)
     similarity.update(states)
     prefix, has_cls = PREFIX[family]
     summaries = [states[:, 1:, prefix:].mean(2), *([states[:, 1:, 0]] if has_cls else [])]
@@ -180,7 +180,7 @@ def test_similarity_phases_and_dynamics_leave_the_prefix_out_of_the_patches(fami
     matrix = similarity.compute()
     torch.testing.assert_close(torch.as_tensor(matrix).float(), 1 - torch.stack(cosines).mean(0), atol=1e-5, rtol=0)
     assert find_phases(matrix, 2).block_repeats in ((2, 2), (1, 3), (3, 1))
-    dynamics = DynamicsAccumulator(NUM_LAYERS, teacher.num_registers, teacher.has_cls)
+    dynamics = DynamicsAccumulator(NUM_LAYERS, teacher.tokens)
     dynamics.update(states)
     gamma = dynamics.compute().gamma
     expected = torch.cosine_similarity(states, states[:, -1:], dim=-1)[:, :, prefix:].mean((0, 2))

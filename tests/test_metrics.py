@@ -11,6 +11,7 @@ import torch.distributed as dist
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score, top_k_accuracy_score
 
 from raptor_hf.metrics import DepthErrors, FidelityAccumulator, MeanIoU, TopKAccuracy
+from raptor_hf.tokens import TokenLayout
 
 NUM_LAYERS, NUM_REGISTERS, NUM_TOKENS, HIDDEN_SIZE = 3, 2, 9, 5
 
@@ -103,7 +104,7 @@ def make_cases() -> dict:
             torch.rand(12, 4, 5, generator=generator) * 12,
         ),
         "fidelity": (
-            lambda: FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS, hidden_size=HIDDEN_SIZE),
+            lambda: FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS), hidden_size=HIDDEN_SIZE),
             *make_states(),
         ),
     }
@@ -195,7 +196,7 @@ def test_predicted_depth_is_clamped_so_that_a_negative_one_is_an_error():
 @pytest.mark.parametrize("num_registers, has_cls", [(2, True), (0, True), (0, False), (2, False)])
 def test_fidelity_equals_its_definitions_in_numpy(num_registers, has_cls):
     teacher, student = make_states(dtype=torch.float64)
-    accumulator = stream(FidelityAccumulator(NUM_LAYERS, num_registers, has_cls), teacher, student)
+    accumulator = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(num_registers, has_cls)), teacher, student)
     expected = reference_fidelity(teacher, student, num_registers, has_cls)
     assert_results_equal(as_dict(accumulator), expected, rtol=1e-12)
 
@@ -203,14 +204,14 @@ def test_fidelity_equals_its_definitions_in_numpy(num_registers, has_cls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fidelity_of_low_precision_states_is_accumulated_in_more(dtype):
     teacher, student = make_states(num_images=200, dtype=dtype)
-    accumulator = stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), teacher, student)
+    accumulator = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), teacher, student)
     expected = reference_fidelity(teacher, student, NUM_REGISTERS, True)
     assert_results_equal(as_dict(accumulator), expected, rtol=1e-5)
 
 
 def test_r2_survives_a_mean_ten_thousand_times_the_deviation():
     teacher, student = make_states(num_images=200, mean=1e4)
-    result = stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), teacher, student).compute()
+    result = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), teacher, student).compute()
     expected = reference_fidelity(teacher, student, NUM_REGISTERS, True)
     assert max(expected["r2"]) < 0.99
     np.testing.assert_allclose(1 - result.r2, 1 - np.array(expected["r2"]), rtol=1e-5)
@@ -218,7 +219,7 @@ def test_r2_survives_a_mean_ten_thousand_times_the_deviation():
 
 def test_a_perfect_student_has_r2_one_and_epsilon_zero():
     teacher, _ = make_states(mean=100.0)
-    result = stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), teacher, teacher.clone()).compute()
+    result = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), teacher, teacher.clone()).compute()
     assert torch.equal(result.r2, torch.ones(NUM_LAYERS, dtype=torch.float64))
     assert result.epsilon.count_nonzero() == result.relative_epsilon.count_nonzero() == 0
     for cosine in result.cosine.values():
@@ -228,7 +229,7 @@ def test_a_perfect_student_has_r2_one_and_epsilon_zero():
 def test_predicting_the_mean_of_each_feature_has_r2_zero():
     teacher, _ = make_states(dtype=torch.float64)
     student = teacher.mean(dim=(0, 2), keepdim=True).expand_as(teacher)
-    result = stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), teacher, student).compute()
+    result = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), teacher, student).compute()
     torch.testing.assert_close(result.r2, torch.zeros(NUM_LAYERS, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
@@ -237,7 +238,7 @@ def test_layer_zero_never_counts():
     other = student.clone()
     other[:, 0] = 1e6
     results = [
-        stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), teacher, states).compute().to_dict()
+        stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), teacher, states).compute().to_dict()
         for states in (student, other)
     ]
     assert results[0] == results[1]
@@ -246,7 +247,7 @@ def test_layer_zero_never_counts():
 def test_images_of_several_sizes_weigh_by_their_tokens():
     small, large = make_states(dtype=torch.float64), make_states(num_images=7, dtype=torch.float64)
     small = [states[:, :, :6] for states in small]
-    accumulator = FidelityAccumulator(NUM_LAYERS, 0, has_cls=False)
+    accumulator = FidelityAccumulator(NUM_LAYERS, TokenLayout(has_cls=False))
     accumulator.update(*small)
     accumulator.update(*large)
     counts = np.array([12 * 6, 7 * NUM_TOKENS])
@@ -256,7 +257,7 @@ def test_images_of_several_sizes_weigh_by_their_tokens():
 
 
 def test_fidelity_as_a_dictionary_is_json():
-    accumulator = stream(FidelityAccumulator(NUM_LAYERS, 0), *make_states())
+    accumulator = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout()), *make_states())
     dictionary = accumulator.compute().to_dict()
     assert json.loads(json.dumps(dictionary, allow_nan=False)) == dictionary
     assert dictionary["cosine"]["registers"] is None
@@ -276,7 +277,7 @@ def test_two_halves_merged_equal_the_whole(name):
 
 def test_the_state_does_not_grow_with_the_images_and_is_a_copy():
     teacher, student = make_states()
-    accumulator = stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), teacher, student)
+    accumulator = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), teacher, student)
     before = accumulator.sums()
     kept = before.clone()
     accumulator.load_sums(before)
@@ -317,14 +318,14 @@ def test_two_processes_merge_by_one_all_reduce(tmp_path):
 
 
 def test_a_process_without_images_merges_if_it_knows_the_hidden_size():
-    seen = stream(FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS), *make_states())
-    empty = FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS, hidden_size=HIDDEN_SIZE)
+    seen = stream(FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)), *make_states())
+    empty = FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS), hidden_size=HIDDEN_SIZE)
     empty.update(*(states[:0] for states in make_states()))
-    merged = FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS)
+    merged = FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS))
     merged.load_sums(seen.sums() + empty.sums())
     assert merged.compute().to_dict() == seen.compute().to_dict()
     with pytest.raises(ValueError, match="give hidden_size"):
-        FidelityAccumulator(NUM_LAYERS, NUM_REGISTERS).sums()
+        FidelityAccumulator(NUM_LAYERS, TokenLayout(NUM_REGISTERS)).sums()
 
 
 @pytest.mark.parametrize("name", ["accuracy", "mean_iou", "depth", "fidelity"])
@@ -348,11 +349,20 @@ def test_computing_before_any_update_is_refused(name):
         (lambda: DepthErrors(min_depth=0.0), "min_depth"),
         (lambda: DepthErrors().update(torch.zeros(1, 4, 4), torch.zeros(1, 4, 4)), "eigen_crop=False"),
         (lambda: DepthErrors().update(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)), "must both be"),
-        (lambda: FidelityAccumulator(2, 0).update(torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 4, 6)), "one shape"),
-        (lambda: FidelityAccumulator(2, 0).update(*torch.zeros(2, 1, 4, 4, 5)), "embeddings and 2 layers"),
-        (lambda: FidelityAccumulator(2, 3).update(*torch.zeros(2, 1, 3, 4, 5)), "for patches"),
-        (lambda: FidelityAccumulator(2, 0).load_sums(torch.zeros(19)), "sums has shape"),
-        (lambda: FidelityAccumulator(2, 0, hidden_size=6).update(*torch.zeros(2, 1, 3, 4, 5)), "hidden_size is 6"),
+        (
+            lambda: FidelityAccumulator(2, TokenLayout()).update(torch.zeros(1, 3, 4, 5), torch.zeros(1, 3, 4, 6)),
+            "one shape",
+        ),
+        (lambda: FidelityAccumulator(2, TokenLayout()).update(*torch.zeros(2, 1, 4, 4, 5)), "embeddings and 2 layers"),
+        (
+            lambda: FidelityAccumulator(2, TokenLayout(3)).update(*torch.zeros(2, 1, 3, 4, 5)),
+            r"teacher_states is \(1, 3, 4, 5\); it must be \(B, 3, T > 4, D\)",
+        ),
+        (lambda: FidelityAccumulator(2, TokenLayout()).load_sums(torch.zeros(19)), "sums has shape"),
+        (
+            lambda: FidelityAccumulator(2, TokenLayout(), hidden_size=6).update(*torch.zeros(2, 1, 3, 4, 5)),
+            "hidden_size is 6",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(call, message):

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from raptor_hf.similarity import SimilarityAccumulator
+from raptor_hf.tokens import TokenLayout
 
 NUM_LAYERS, NUM_REGISTERS, DIM = 3, 2, 5
+TOKENS = TokenLayout(NUM_REGISTERS)
 
 
 def random_states(num_images: int, seed: int = 0, num_patches: int = 4) -> torch.Tensor:
@@ -18,8 +20,8 @@ def random_states(num_images: int, seed: int = 0, num_patches: int = 4) -> torch
     return torch.randn(shape, generator=generator, dtype=torch.float64) + 1
 
 
-def accumulate(kind: str, *batches: torch.Tensor, **settings) -> SimilarityAccumulator:
-    accumulator = SimilarityAccumulator(NUM_LAYERS, NUM_REGISTERS, kind, **settings)
+def accumulate(kind: str, *batches: torch.Tensor, tokens=TOKENS, **settings) -> SimilarityAccumulator:
+    accumulator = SimilarityAccumulator(NUM_LAYERS, tokens, kind, **settings)
     for batch in batches:
         accumulator.update(batch)
     return accumulator
@@ -101,7 +103,7 @@ def test_only_mse_sees_the_registers_and_nothing_sees_layer_zero(kind, uses_regi
 
 def test_without_cls_only_the_patch_mean_counts():
     states = random_states(6)
-    distance = accumulate("cosine", states[:, :, 1:], has_cls=False).compute()
+    distance = accumulate("cosine", states[:, :, 1:], tokens=TokenLayout(NUM_REGISTERS, has_cls=False)).compute()
     # A cls token equal to the patch mean adds the same distance once more, so the mean stays.
     states[:, :, 0] = states[:, :, 1 + NUM_REGISTERS :].mean(2)
     np.testing.assert_allclose(distance, cosine_by_loops(states.numpy()).mean(0), atol=1e-12)
@@ -118,13 +120,13 @@ def test_bfloat16_states_lose_nothing_more_even_under_autocast(kind):
 def test_summed_sums_of_two_processes_equal_one_pass():
     states = random_states(11)
     halves = [accumulate("cosine", half, num_bootstraps=4, seed=rank) for rank, half in enumerate(states.split(6))]
-    merged = SimilarityAccumulator(NUM_LAYERS, NUM_REGISTERS, num_bootstraps=4)
+    merged = SimilarityAccumulator(NUM_LAYERS, TOKENS, num_bootstraps=4)
     merged.load_sums(halves[0].sums() + halves[1].sums())
     np.testing.assert_allclose(merged.compute(), accumulate("cosine", states).compute(), atol=1e-13)
     draws = np.concatenate([np.random.default_rng(rank).poisson(1.0, (n, 4)) for rank, n in enumerate((6, 5))])
     replicas = np.einsum("nb,nij->bij", draws / draws.sum(0), cosine_by_loops(states.numpy()))
     np.testing.assert_allclose(merged.bootstrap(), replicas, atol=1e-12)
-    with pytest.raises(ValueError, match=r"sums must be \(5, 10\)"):
+    with pytest.raises(ValueError, match=r"sums has shape \(1, 10\), but this SimilarityAccumulator keeps 5 x 10 sums"):
         merged.load_sums(torch.zeros(1, 10))
 
 
@@ -139,13 +141,13 @@ def test_bootstrap_spread_is_the_standard_error_of_the_mean():
 
 
 def test_the_accumulator_refuses_what_it_cannot_use():
-    accumulator = SimilarityAccumulator(NUM_LAYERS, NUM_REGISTERS)
+    accumulator = SimilarityAccumulator(NUM_LAYERS, TOKENS)
     with pytest.raises(ValueError, match="num_images=0 is too few"):
         accumulator.compute()
     with pytest.raises(ValueError, match="build the accumulator with num_bootstraps > 0"):
         accumulator.bootstrap()
     for states in (torch.zeros(2, NUM_LAYERS, 8, DIM), torch.zeros(2, NUM_LAYERS + 1, 3, DIM), torch.zeros(2, 4, 8)):
-        with pytest.raises(ValueError, match=r"states must be \(B, 4, T > 3, D\)"):
+        with pytest.raises(ValueError, match=r"states is .*; it must be \(B, 4, T > 3, D\)"):
             accumulator.update(states)
     with pytest.raises(ValueError, match="3 images; kind='cka' needs at least 4"):
         accumulate("cka", random_states(3))
@@ -154,6 +156,6 @@ def test_the_accumulator_refuses_what_it_cannot_use():
     with pytest.raises(ValueError, match="NaN or infinite"):
         accumulate("mse", random_states(2) * torch.nan).compute()
     with pytest.raises(ValueError, match="kind='l2' must be one of cosine, mse, cka"):
-        SimilarityAccumulator(NUM_LAYERS, kind="l2")
+        SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="l2")
     with pytest.raises(ValueError, match="num_bootstraps=5 needs kind='cosine'"):
-        SimilarityAccumulator(NUM_LAYERS, kind="mse", num_bootstraps=5)
+        SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="mse", num_bootstraps=5)

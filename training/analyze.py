@@ -26,9 +26,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from raptor_hf.accumulators import Accumulator
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.data.loaders import eval_loader
-from raptor_hf.dynamics.basins import Reservoir, class_angles, has_class_pairs, image_key, summaries
+from raptor_hf.dynamics.basins import Reservoir, class_angles, has_class_pairs, image_key
 from raptor_hf.dynamics.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator
 from raptor_hf.dynamics.extrapolation import DepthExtrapolation, EarlyExit
 from raptor_hf.dynamics.figures import STYLES
@@ -37,7 +38,7 @@ from raptor_hf.dynamics.interventions import EditExperiment, LayerEdit, Perturba
 from raptor_hf.dynamics.motion import DynamicsAccumulator, speed_jumps
 from raptor_hf.dynamics.ranks import SpectrumAccumulator
 from raptor_hf.dynamics.report import Sample, summary_text, write_report
-from raptor_hf.metrics import Accumulator, FidelityAccumulator, TopKAccuracy
+from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import Partition, find_phases
 from raptor_hf.recipes.loop import describe_environment, warn_if_single_thread
 from raptor_hf.recipes.settings import parse_settings, settings_to_dict, user_errors
@@ -214,22 +215,18 @@ class Streams:
 
     def __init__(self, model: Teacher, is_student: bool, spans: Sequence[tuple[int, int]], settings: AnalyzeSettings):
         self.model = model
-        self.dynamics = DynamicsAccumulator(model.num_layers, model.num_registers, model.has_cls)
+        self.dynamics = DynamicsAccumulator(model.num_layers, model.tokens)
         self.spectra = SpectrumAccumulator(model.num_layers, model.hidden_size, settings.rank_stride)
         self.dmd = DMDAccumulator(model.hidden_size, spans)
         self.reservoir = Reservoir(settings.reservoir_images, settings.seed)
         self.accuracy = TopKAccuracy(topk=(1,))
-        self.fidelity = (
-            FidelityAccumulator(model.num_layers, model.num_registers, model.has_cls, model.hidden_size)
-            if is_student
-            else None
-        )
+        self.fidelity = FidelityAccumulator(model.num_layers, model.tokens, model.hidden_size) if is_student else None
 
     def parts(self) -> dict[str, Callable[[Tensor, Sequence[str], Tensor | None], None]]:
         """The analyses of every model by name, as functions of states, names and labels."""
 
         def sample(states: Tensor, names: Sequence[str], labels: Tensor | None) -> None:
-            self.reservoir.update(names, summaries(states, self.model.num_registers, self.model.has_cls), labels)
+            self.reservoir.update(names, self.model.tokens.summaries(states), labels)
 
         return {
             "motion": lambda states, names, labels: self.dynamics.update(states),
@@ -249,7 +246,7 @@ class Experiments:
         layers = range(model.num_layers)
         most = max(model.num_layers, round(s.depth_factor * model.num_layers))
         spread = sorted({max(1, round(model.num_layers * f)) for f in (0.5, 0.75, 1, 1.5, s.depth_factor)})
-        self.errors = DMDErrors(operators, model.num_registers, model.has_cls, s.dmd_steps)
+        self.errors = DMDErrors(operators, model.tokens, s.dmd_steps)
         self.continuation = ContinuationExperiment(model, operators)
         self.perturbation = Perturbation(model, s.noise_sizes, layers, s.seed)
         self.edits = EditExperiment(model, edits)
@@ -319,11 +316,8 @@ class Study:
 
     def reduce(self, accumulators: Sequence[Accumulator]) -> None:
         """Adds up the sums of all processes."""
-        if self.accelerator.num_processes == 1:
-            return  # the sums are float64, which not every device has
         for accumulator in accumulators:
-            sums = accumulator.sums().to(self.accelerator.device)
-            accumulator.load_sums(self.accelerator.reduce(sums, reduction="sum"))
+            accumulator.merge(self.accelerator)
 
     def find_partition(self) -> None:
         """The phases, given, of a student, or found on the images of the experiments."""
@@ -335,7 +329,7 @@ class Study:
         elif student is not None:
             self.partition = Partition(tuple(map(tuple, student.config.block_layers)), method="of the student")
         else:
-            similarity = SimilarityAccumulator(layers, self.reference.num_registers, has_cls=self.reference.has_cls)
+            similarity = SimilarityAccumulator(layers, self.reference.tokens)
             for pixel_values, _, _ in self.batches("phases", settings.intervention_images):
                 similarity.update(self.reference.trajectory(pixel_values))
             self.reduce([similarity])

@@ -95,9 +95,8 @@ def main() -> None:
         student,
         TrajectoryLoss(
             settings.loss,
-            teacher.num_registers,
+            teacher.tokens,
             variance.sqrt().to(accelerator.device) if variance is not None else None,
-            teacher.has_cls,
         ),
         stage1_weights=(settings.stage1_weights or [0.34, 0.33, 0.33]) if settings.cls_weighting else None,
         stage2_weights=(settings.stage2_weights or [0.45, 0.10, 0.45]) if settings.cls_weighting else None,
@@ -204,8 +203,7 @@ def phases_of(
     folder, layers = Path(settings.output_dir), teacher.num_layers
     similarity = SimilarityAccumulator(
         layers,
-        teacher.num_registers,
-        has_cls=teacher.has_cls,
+        teacher.tokens,
         num_bootstraps=settings.num_bootstraps,
         seed=settings.seed + accelerator.process_index,
     )
@@ -219,7 +217,7 @@ def phases_of(
         similarity.update(states)
         variance.update(states)
     for accumulator in (similarity, variance):
-        accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
+        accumulator.merge(accelerator)
     distance = similarity.compute()
     partition, stability = choose_partition(distance, similarity, settings, layers)
     if accelerator.is_main_process:
@@ -436,9 +434,7 @@ class Run:
             if isinstance(module, FSDPModule):  # the student is called past the wrapper, which would gather its weights
                 module.unshard()
         student.eval()
-        fidelity = FidelityAccumulator(
-            teacher.num_layers, teacher.num_registers, teacher.has_cls, hidden_size=teacher.hidden_size
-        )
+        fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens, teacher.hidden_size)
         scores = {name: TopKAccuracy(topk=(1,)) for name in ("agreement", "teacher_accuracy", "student_accuracy")}
         for batch in self.test_batches(limit):
             pixel_values = batch["pixel_values"].to(accelerator.device)
@@ -457,7 +453,7 @@ class Run:
                 scores["teacher_accuracy"].update(truth, labels)
                 scores["student_accuracy"].update(predicted, labels)
         for accumulator in (fidelity, *scores.values()):
-            accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
+            accumulator.merge(accelerator)
         student.train()
         known = {name: self.knows_labels for name in scores} | {"agreement": teacher.classifier is not None}
         return {

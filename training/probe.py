@@ -575,8 +575,7 @@ class Run:
             labels = labels.to(accelerator.device)
             _, predictions = self.unwrapped(features.to(accelerator.device), self.inputs.image_size, labels)
             metric.update(predictions, labels)
-        accumulator = metric.accumulator
-        accumulator.load_sums(accelerator.reduce(accumulator.sums().to(accelerator.device), reduction="sum"))
+        metric.accumulator.merge(accelerator)
         return metric.compute()
 
     def test_features(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -317,7 +317,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, batches: ImageLoader) -
     for batch in batches:
         score.update(model(batch["pixel_values"].to(accelerator.device)).logits, batch["labels"].to(accelerator.device))
     model.train()
-    score.load_sums(accelerator.reduce(score.sums().to(accelerator.device), reduction="sum"))
+    score.merge(accelerator)
     return score.compute()["accuracy"]
 
 

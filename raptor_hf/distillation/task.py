@@ -15,10 +15,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..metrics import Accumulator
+from ..accumulators import Accumulator, in_float64
 from ..modeling_raptor import RaptorModel, RaptorPreTrainedModel
-
-TOKEN_GROUPS = ("cls", "registers", "patches")
+from ..tokens import TOKEN_GROUPS, TokenLayout
 
 
 def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) -> float:
@@ -31,11 +30,6 @@ def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) ->
     """
     length = anneal_fraction * num_steps
     return max(0.0, 1.0 - step / length) if length > 0 else 0.0
-
-
-def token_group_sizes(num_tokens: int, num_registers: int, has_cls: bool = True) -> tuple[int, int, int]:
-    """Tokens in each of `TOKEN_GROUPS`, in their order in the sequence."""
-    return int(has_cls), num_registers, num_tokens - has_cls - num_registers
 
 
 def group_weights(weights: list[float], sizes: tuple[int, int, int]) -> list[float]:
@@ -63,19 +57,17 @@ class TrajectoryLoss:
 
     Args:
         kind: "mse", or "frobenius": the norm of the error of each image, averaged over images.
-        num_registers: R, to tell the token groups apart.
+        tokens: which tokens are cls, registers, patches.
         layer_scale: (L + 1,), what the error of each layer is divided by: the teacher's standard deviation in that
             layer for a normalised loss; `None` for none.
-        has_cls: whether the first token is a cls token.
 
     Raises:
         ValueError: unknown `kind`.
     """
 
     kind: str = "mse"
-    num_registers: int = 0
+    tokens: TokenLayout = TokenLayout()
     layer_scale: Tensor | None = None
-    has_cls: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in ("mse", "frobenius"):
@@ -94,7 +86,7 @@ class TrajectoryLoss:
             scalar, float32.
         """
         student, teacher = student.float(), teacher.float()
-        sizes = token_group_sizes(student.shape[1], self.num_registers, self.has_cls)
+        sizes = self.tokens.sizes(student.shape[1])
         distance = self._frobenius if self.kind == "frobenius" else nn.functional.mse_loss
         if weights is None:
             loss = distance(student, teacher)
@@ -256,10 +248,13 @@ class LayerVariance(Accumulator):
 
     def update(self, states: Tensor) -> None:
         """Adds a batch of trajectories, (B, L + 1, T, D)."""
-        layers = [state.float() for state in states.unbind(1)]
-        sums = [state.sum(dim=(0, 1), dtype=torch.float64) for state in layers]
-        squares = [state.square().sum(dim=(0, 1), dtype=torch.float64) for state in layers]
-        count = states.new_full((1,), states.shape[0] * states.shape[2], dtype=torch.float64)
+        sums, squares = [], []
+        # one layer at a time: float64 copies of all layers at once would not fit beside a teacher
+        for layer in states.unbind(1):
+            layer = in_float64(layer).flatten(0, 1)
+            sums.append(layer.sum(0))
+            squares.append(layer.square().sum(0))
+        count = sums[0].new_full((1,), states.shape[0] * states.shape[2])
         self._add(torch.cat((count, *sums, *squares)))
 
     def compute(self) -> Tensor:

@@ -3,7 +3,7 @@
     reservoir = Reservoir(num_images=300)
     for batch in loader:
         states = teacher.trajectory(batch["pixel_values"])
-        reservoir.update(batch["names"], summaries(states, teacher.num_registers), batch["labels"])
+        reservoir.update(batch["names"], teacher.tokens.summaries(states), batch["labels"])
     class_angles(reservoir.vectors, reservoir.labels).silhouette.mean
 
 All of this needs pairs of images, so it is taken over a fixed number of them.
@@ -12,29 +12,16 @@ All of this needs pairs of images, so it is taken over a fixed number of them.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from .motion import Curve, Result
+from ..accumulators import Curve
+from .motion import Result
 
-
-def summaries(states: Tensor, num_registers: int = 0, has_cls: bool = True) -> Tensor:
-    """Summarises every layer of every image by its cls token and the mean of its patches; registers are left out.
-
-    Args:
-        states: (B, L + 1, T, D), tokens in the order cls, registers, patches.
-        num_registers: R.
-        has_cls: whether the first token is a cls token; without one the patch mean is the only summary.
-
-    Returns:
-        (B, L + 1, S, D), S = 2 or 1, in at least float32.
-    """
-    wide = torch.promote_types(states.dtype, torch.float32)
-    patches = states[:, :, has_cls + num_registers :].mean(2, keepdim=True, dtype=wide)
-    return torch.cat([states[:, :, :1].to(wide), patches], 2) if has_cls else patches
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def image_key(name: str, seed: int = 0) -> float:
@@ -79,9 +66,11 @@ class Reservoir:
                 self._kept.append((key, vectors[index].cpu().clone(), label))
         self._trim()
 
-    def merge(self, accelerator: Accelerator) -> None:
+    def merge(self, accelerator: "Accelerator") -> None:
         """Makes the sample one of the images of all processes; a collective operation."""
         if accelerator.num_processes > 1:
+            from accelerate.utils import gather_object  # not among the base dependencies
+
             self._kept = gather_object(self._kept)
             self._trim()
 
@@ -132,7 +121,7 @@ def class_angles(vectors: Tensor, labels: Tensor) -> ClassAngles:
     """Computes angles within and between classes, and the silhouette, at every layer.
 
     Args:
-        vectors: (N, L + 1, S, D), as `summaries` gives them.
+        vectors: (N, L + 1, S, D), as `TokenLayout.summaries` gives them.
         labels: class of each image, (N,). Images that are alone in their class are left out.
 
     Raises:

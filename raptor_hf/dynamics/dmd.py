@@ -4,7 +4,7 @@
     for states in trajectories:                        # (B, L + 1, T, D)
         accumulator.update(states)
     operators = accumulator.fit(ridge=1e-4, rank=64)
-    errors = DMDErrors(operators, num_registers=4, max_steps=4)
+    errors = DMDErrors(operators, teacher.tokens, max_steps=4)
     for states in other_trajectories:
         errors.update(states)
 
@@ -20,16 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..accumulators import Curve, MatrixAccumulator, MomentAccumulator, in_float64
 from ..teacher import Teacher
-from .motion import (
-    Curve,
-    MatrixAccumulator,
-    MomentAccumulator,
-    Result,
-    in_float64,
-    layer_first_chunks,
-    token_groups,
-)
+from ..tokens import TokenLayout
+from .motion import Result, layer_first_chunks
 
 BASELINES = ("identity", "endpoint")
 
@@ -159,16 +153,13 @@ class DMDErrors(MomentAccumulator):
 
     Args:
         operators: of `DMDAccumulator.fit`.
-        num_registers: R.
-        has_cls: whether the first token is a cls token.
+        tokens: which tokens are cls, registers, patches.
         max_steps: P; a span of fewer layers has fewer.
     """
 
-    def __init__(
-        self, operators: Sequence[SpanOperator], num_registers: int = 0, has_cls: bool = True, max_steps: int = 4
-    ):
+    def __init__(self, operators: Sequence[SpanOperator], tokens: TokenLayout, max_steps: int = 4):
         self.operators, self.max_steps = list(operators), max_steps
-        self.groups = token_groups(num_registers, has_cls)
+        self.groups = tokens.slices
         shapes = {}
         for index, operator in enumerate(self.operators):
             steps = (self._num_steps(operator),)

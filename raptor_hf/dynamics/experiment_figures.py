@@ -15,8 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from ..phases import Partition
 from .dmd import DMDSpanErrors, SpanOperator
 from .extrapolation import EarlyExitResult, ExtrapolationResult
-from .figures import DEGREES, STYLES, _add_legend, _draw_boundaries, _saved
+from .figures import STYLES, _add_legend, _draw_boundaries, _saved
 from .interventions import EditResult, PerturbationResult
+from .motion import DEGREES
 
 SCORES = {"accuracy": "accuracy (%)", "agreement": "agreement with itself (%)", "cosine": "cosine to its final states"}
 

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..accumulators import Curve, MomentAccumulator
 from ..teacher import Teacher
-from .motion import Curve, MomentAccumulator, Result, angle, directions
+from .motion import Result, angle, directions
 
 Pace = Literal["hold", "spread"]
 ExitRule = Literal["angular_speed", "second_difference"]
@@ -205,9 +206,8 @@ class EarlyExit(MomentAccumulator):
 
     def _settling(self, states: Tensor) -> Tensor:
         """The quantity of the rule after steps 1 .. L, (B, L); infinite where it is not defined yet."""
-        first = self.teacher.num_prefix_tokens
-        token = states[:, :, 0] if self.teacher.has_cls else states[:, :, first:].mean(2)
-        units = directions(token)
+        # the first summary: cls, or the mean patch where there is none
+        units = directions(self.teacher.tokens.summaries(states)[:, :, 0])
         if self.rule == "angular_speed":
             return angle(units[:, 1:], units[:, :-1])
         bend = torch.linalg.vector_norm(units[:, 2:] - 2 * units[:, 1:-1] + units[:, :-2], dim=-1)

@@ -15,12 +15,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
+from ..accumulators import Curve
 from ..metrics import Fidelity
 from .basins import ClassAngles, Projection
-from .motion import Curve, Dynamics
+from .motion import DEGREES, Dynamics
 from .ranks import Spectra
 
-DEGREES = 180 / np.pi
 STYLES = (("C0", "o"), ("C1", "s"), ("0.45", "^"), ("C3", "D"), ("C4", "v"), ("C5", "P"))
 # field of `Dynamics` -> label of the axis with its unit, factor to that unit, layer of the first value
 QUANTITIES = {

@@ -14,9 +14,8 @@ from ..metrics import Fidelity
 from .basins import ClassAngles
 from .dmd import DMDContinuation, DMDSpanErrors, SpanOperator
 from .extrapolation import EarlyExitResult, ExtrapolationResult
-from .figures import DEGREES
 from .interventions import EditResult, PerturbationResult, bootstrap_interval
-from .motion import MAX_PLACEMENTS, Dynamics, Result, SpeedJumps
+from .motion import DEGREES, MAX_PLACEMENTS, Dynamics, Result, SpeedJumps
 from .ranks import Spectra
 
 

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..accumulators import Curve, MomentAccumulator
 from ..phases import Partition
 from ..teacher import Teacher
-from .motion import Curve, MomentAccumulator, Result, angle, directions
+from .motion import Result, angle, directions
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,12 +1,12 @@
 """Depth as time: how the states of a trajectory move from layer to layer, streamed over images.
 
-    dynamics = DynamicsAccumulator(num_layers=12, num_registers=4)
+    dynamics = DynamicsAccumulator(num_layers=12, tokens=teacher.tokens)
     for pixel_values in batches:
         dynamics.update(teacher.trajectory(pixel_values))
     dynamics.compute().gamma["cls"].mean               # (L + 1,), direction convergence to the final state
 
 Norms grow with depth, so most quantities are of the directions x^ = x / ||x|| (section 4 of arXiv 2512.19941). Ranks of
-the updates are in `spectra`, angles between classes in `basins`, linear models of the steps in `dmd`, and experiments
+the updates are in `ranks`, angles between classes in `basins`, linear models of the steps in `dmd`, and experiments
 that act on the model in `interventions`.
 """
 
@@ -20,31 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..metrics import Accumulator
+from ..accumulators import Curve, MomentAccumulator
+from ..tokens import TokenLayout
 
+# of a radian
+DEGREES = 180 / math.pi
 # elements of the float32 copies made at a time: on a CPU few enough for its caches, on a GPU enough to keep it busy
 CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS = 2**18, 2**25
 # placements of phase boundaries up to which a test takes them all
 MAX_PLACEMENTS = 100_000
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """A quantity over images.
-
-    Attributes:
-        mean: over images, of any shape.
-        std: sample standard deviation over images, same shape; 0 for a single image.
-        num_images: how many.
-    """
-
-    mean: Tensor
-    std: Tensor
-    num_images: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the same in lists of floats, which JSON can hold."""
-        return {"mean": self.mean.tolist(), "std": self.std.tolist(), "num_images": self.num_images}
 
 
 def to_plain(value: Any) -> Any:
@@ -64,57 +48,6 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields by name, in lists and floats, which JSON can hold."""
         return {field.name: to_plain(getattr(self, field.name)) for field in fields(self)}
-
-
-class MomentAccumulator(Accumulator):
-    """Mean and standard deviation over images of several quantities, from float64 sums and sums of squares.
-
-    Args:
-        shapes: of every quantity, for one image.
-    """
-
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]):
-        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
-        self._slices, end = {}, 0
-        for name, shape in self._shapes.items():
-            begin, end = end, end + 1 + 2 * int(np.prod(shape))
-            self._slices[name] = slice(begin, end)
-        super().__init__(end)
-
-    @torch.no_grad()
-    def add(self, name: str, values: Tensor) -> None:
-        """Adds the values of some images.
-
-        Args:
-            name: of the quantity.
-            values: one per image, (B, *shape).
-
-        Raises:
-            ValueError: if the shape is not that of the quantity.
-        """
-        if tuple(values.shape[1:]) != self._shapes[name]:
-            raise ValueError(f"{name} must be (B, {self._shapes[name]}), but is {tuple(values.shape)}")
-        flat = values.detach().cpu().to(torch.float64).reshape(len(values), int(np.prod(self._shapes[name])))
-        count = torch.full((1,), len(flat), dtype=torch.float64)
-        self._sums[self._slices[name]] += torch.cat([count, flat.sum(0), flat.square().sum(0)])
-
-    def has_seen(self, name: str) -> bool:
-        """Whether there is such a quantity and any image had it."""
-        return name in self._shapes and bool(self._sums[self._slices[name]][0] > 0)
-
-    def curve(self, name: str) -> Curve:
-        """Returns mean and standard deviation of one quantity over all images.
-
-        Raises:
-            ValueError: if no image was seen.
-        """
-        sums = self._sums[self._slices[name]]
-        count = sums[0]
-        self._require_any(count, "images")
-        total, squares = sums[1:].reshape(2, *self._shapes[name])
-        mean = total / count
-        variance = (squares - count * mean.square()).clamp(min=0) / max(count.item() - 1, 1)
-        return Curve(mean, variance.sqrt(), int(count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,44 +83,22 @@ class Dynamics(Result):
     coherence: Curve
 
 
-class MatrixAccumulator(Accumulator):
-    """Sums of matrices, kept where the states are: moving them for every batch would cost more than the products.
-
-    Args:
-        shape: of all matrices together.
-    """
-
-    def __init__(self, shape: tuple[int, ...]):
-        self._shape = shape
-        super().__init__(int(np.prod(shape)))
-
-    def sums(self) -> Tensor:
-        """Returns a copy of the state, to be summed over processes; see `Accumulator.sums`."""
-        return super().sums().cpu()
-
-    def _matrices(self, device: torch.device | str = "cpu") -> Tensor:
-        """The matrices themselves, float64, on a device, or on the CPU where that has no float64."""
-        self._sums = self._sums.to("cpu" if torch.device(device).type == "mps" else device)
-        return self._sums.view(self._shape)
-
-
 class DynamicsAccumulator(MomentAccumulator):
     """Streams trajectories into `Dynamics`, in memory independent of the number of images.
 
     Args:
         num_layers: L, at least 2.
-        num_registers: R, register tokens between cls and patches.
-        has_cls: whether the first token is a cls token.
+        tokens: which tokens are cls, registers, patches.
 
     Raises:
         ValueError: if there are fewer than two layers.
     """
 
-    def __init__(self, num_layers: int, num_registers: int = 0, has_cls: bool = True):
+    def __init__(self, num_layers: int, tokens: TokenLayout):
         if num_layers < 2:
             raise ValueError(f"num_layers={num_layers} must be at least 2: one update has no change to its successor")
-        self.num_layers, self.num_registers, self.has_cls = num_layers, num_registers, has_cls
-        self.groups = token_groups(num_registers, has_cls)
+        self.num_layers, self.tokens = num_layers, tokens
+        self.groups = tokens.slices
         lengths = {"norm": 1, "gamma": 1, "update_norm": 0, "angular_speed": 0}
         quantities = [field.name for field in fields(Dynamics) if field.name != "coherence"]
         shapes = {
@@ -207,7 +118,7 @@ class DynamicsAccumulator(MomentAccumulator):
         Raises:
             ValueError: if the shape does not fit this accumulator.
         """
-        check_states(states, self.num_layers, self.num_registers + self.has_cls)
+        self.tokens.check_states(states, self.num_layers)
         curves: dict[str, list[Tensor]] = {}
         for x in layer_first_chunks(states):
             norm = torch.linalg.vector_norm(x, dim=-1)
@@ -321,28 +232,6 @@ def _angle_of_chord(chord: Tensor, squares: Tensor) -> Tensor:
     return 2 * torch.atan2(chord, (2 * squares - chord.square()).clamp(min=0).sqrt())
 
 
-def token_groups(num_registers: int, has_cls: bool = True) -> dict[str, slice]:
-    """Returns the tokens of "cls", "registers" and "patches", those that there are."""
-    first = int(has_cls) + num_registers
-    groups = {"cls": slice(0, 1)} if has_cls else {}
-    if num_registers:
-        groups["registers"] = slice(int(has_cls), first)
-    return groups | {"patches": slice(first, None)}
-
-
-def check_states(states: Tensor, num_layers: int, num_prefix_tokens: int) -> None:
-    """Refuses what is no trajectory of `num_layers` layers with at least one patch.
-
-    Raises:
-        ValueError: naming the shape.
-    """
-    if states.ndim != 4 or states.shape[1] != num_layers + 1 or states.shape[2] <= num_prefix_tokens:
-        raise ValueError(
-            f"states must be (B, {num_layers + 1}, T > {num_prefix_tokens}, D) for {num_layers} layers and "
-            f"{num_prefix_tokens} cls and register tokens, but is {tuple(states.shape)}"
-        )
-
-
 def layer_first_chunks(states: Tensor) -> Iterator[Tensor]:
     """Yields a trajectory some images at a time, in at least float32, as (L + 1, b, T, D) with layers outermost."""
     if len(states) == 0:
@@ -352,12 +241,3 @@ def layer_first_chunks(states: Tensor) -> Iterator[Tensor]:
     size = max(1, elements // states[0].numel())
     for chunk in states.split(size):
         yield chunk.transpose(0, 1).to(wide).contiguous()
-
-
-def in_float64(x: Tensor) -> Tensor:
-    """The same in float64, on the CPU where the device has none.
-
-    Gram matrices need it: their eigenvalues are squares, and what float32 rounds off those of a few large directions
-    is as large as the eigenvalues of hundreds of small ones.
-    """
-    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -15,16 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .motion import (
-    Curve,
-    MatrixAccumulator,
-    MomentAccumulator,
-    Result,
-    check_states,
-    directions,
-    in_float64,
-    layer_first_chunks,
-)
+from ..accumulators import Curve, MatrixAccumulator, MomentAccumulator, in_float64
+from ..tokens import TokenLayout
+from .motion import Result, directions, layer_first_chunks
 
 KINDS = ("raw", "angular")
 
@@ -89,7 +82,8 @@ class SpectrumAccumulator(MatrixAccumulator):
         Raises:
             ValueError: if the shape does not fit this accumulator.
         """
-        check_states(states, self.num_layers, 0)
+        # the kind of a token makes no difference here: all count as patches
+        TokenLayout(has_cls=False).check_states(states, self.num_layers)
         if states.shape[3] != self.hidden_size:
             raise ValueError(f"states has {states.shape[3]} features, but hidden_size is {self.hidden_size}")
         pooled = self._matrices(states.device)

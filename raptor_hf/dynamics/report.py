@@ -19,7 +19,6 @@ from ..phases import Partition
 from ..recipes.files import write_text_atomically
 from . import experiment_figures, figures
 from .basins import Projection, principal_plane
-from .figures import DEGREES
 from .findings import (
     Analysis,
     Finding,
@@ -29,7 +28,7 @@ from .findings import (
     judge_swap,
     score_name,
 )
-from .motion import to_plain
+from .motion import DEGREES, to_plain
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from raptor_hf.distillation.task import (
     group_weights,
     runs,
     teacher_forcing,
-    token_group_sizes,
 )
+from raptor_hf.tokens import TokenLayout
 from tests.support.tiny_models import randomize
 
 BATCH, PATCHES, DIM, LAYERS = 3, 4, 8, 6
@@ -110,7 +110,7 @@ def test_stage1_is_the_paper_s_equation(fields, num_registers, kind, normalized)
     student, states = make_student(num_registers, **fields), make_states(num_registers)
     scale = torch.linspace(0.5, 3, LAYERS + 1) if normalized else None
     reference = Reference(student, num_registers, kind, None if scale is None else scale.double().numpy())
-    task = DistillationTask(student, TrajectoryLoss(kind, num_registers, scale), stage1_weights=STAGE1)
+    task = DistillationTask(student, TrajectoryLoss(kind, TokenLayout(num_registers), scale), stage1_weights=STAGE1)
     for forcing in (0.0, 0.3, 1.0):
         losses = task(states, stage=1, forcing=forcing)
         expected = {
@@ -132,7 +132,9 @@ def test_stage2_is_the_paper_s_equation_for_every_horizon(fields, num_registers,
     reference = Reference(student, num_registers, kind)
     found = {}
     for horizon in (None, 1, 2, 4, 7):
-        task = DistillationTask(student, TrajectoryLoss(kind, num_registers), stage2_weights=weights, horizon=horizon)
+        task = DistillationTask(
+            student, TrajectoryLoss(kind, TokenLayout(num_registers)), stage2_weights=weights, horizon=horizon
+        )
         losses = task(states, stage=2)
         steps = reference.stage2(states.double(), horizon or LAYERS, weights)
         assert losses["loss"].item() == pytest.approx(np.mean(steps), rel=1e-5)
@@ -149,14 +151,14 @@ def test_stage2_is_the_paper_s_equation_for_every_horizon(fields, num_registers,
 def test_stage2_divides_every_layer_by_its_scale():
     student, states = make_student(), make_states()
     scale = torch.linspace(0.5, 3, LAYERS + 1)
-    task = DistillationTask(student, TrajectoryLoss("mse", 2, scale), stage2_weights=STAGE2)
+    task = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2), scale), stage2_weights=STAGE2)
     expected = np.mean(Reference(student, 2, "mse", scale.double().numpy()).stage2(states.double(), LAYERS, STAGE2))
     assert task(states, stage=2)["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_blocks_can_be_chosen_in_stage1():
     student, states = make_student(), make_states()
-    task = DistillationTask(student, TrajectoryLoss("mse", 2))
+    task = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2)))
     every, one = task(states, stage=1, forcing=0.5), task(states, stage=1, forcing=0.5, blocks=(1,))
     assert one.keys() == {"block_1", "loss"}
     assert one["block_1"] == one["loss"] == every["block_1"]
@@ -165,7 +167,7 @@ def test_blocks_can_be_chosen_in_stage1():
 def test_blocks_of_stage1_get_no_gradient_from_each_other():
     for fields in (CONTIGUOUS, FRAGMENTED):
         student, states = make_student(**fields), make_states()
-        task = DistillationTask(student, TrajectoryLoss("mse", 2), stage1_weights=STAGE1)
+        task = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2)), stage1_weights=STAGE1)
         encoder = student.encoder
         own = [[*encoder.blocks[j].parameters(), *encoder.conditioners[j].parameters()] for j in range(3)]
         together = torch.autograd.grad(task(states, stage=1, forcing=0.5)["loss"], sum(own, []))
@@ -187,7 +189,7 @@ def test_stage2_sends_the_error_of_the_last_layer_through_all_steps():
         state = student.encoder.blocks[block](state, *modulation)[0]
     expected = torch.autograd.grad((state - states[:, -1]).square().mean() / LAYERS, first)[0]
     scale = torch.tensor([math.inf] * LAYERS + [1.0])  # no other layer has an error left
-    loss = DistillationTask(student, TrajectoryLoss("mse", 2, scale))(states, stage=2)["loss"]
+    loss = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2), scale))(states, stage=2)["loss"]
     found = torch.autograd.grad(loss, first)[0]
     assert found.abs().max() > 0
     torch.testing.assert_close(found, expected)
@@ -199,7 +201,7 @@ def test_student_that_is_the_teacher_has_no_loss_and_no_gradient(kind):
     with torch.no_grad():
         images = torch.randn(BATCH, 3, 4, 4, generator=torch.Generator().manual_seed(2))
         states = torch.stack(student(images, output_hidden_states=True).hidden_states, dim=1)
-    task = DistillationTask(student, TrajectoryLoss(kind, 2), stage1_weights=STAGE1, stage2_weights=STAGE2)
+    task = DistillationTask(student, TrajectoryLoss(kind, TokenLayout(2)), stage1_weights=STAGE1, stage2_weights=STAGE2)
     for losses in (task(states, stage=1, forcing=0.5), task(states, stage=2)):
         assert losses["loss"].item() == pytest.approx(0, abs=1e-5)
         student.zero_grad()
@@ -212,15 +214,15 @@ def test_task_takes_a_model_with_a_head():
     headed = RaptorForImageClassification(student.config)
     headed.base_model.load_state_dict(student.state_dict())
     states = make_states()
-    bare, wrapped = (DistillationTask(model, TrajectoryLoss("mse", 2)) for model in (student, headed))
+    bare, wrapped = (DistillationTask(model, TrajectoryLoss("mse", TokenLayout(2))) for model in (student, headed))
     assert wrapped(states, stage=2)["loss"] == bare(states, stage=2)["loss"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_of_a_teacher_in_half_precision_train_a_student_in_float32(dtype):
     student, states = make_student(), make_states().to(dtype)
-    task = DistillationTask(student, TrajectoryLoss("mse", 2), input_noise=0.0)
-    exact = DistillationTask(student, TrajectoryLoss("mse", 2))
+    task = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2)), input_noise=0.0)
+    exact = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2)))
     for stage in (1, 2):
         loss = task(states, stage=stage, forcing=0.5)["loss"]
         assert loss.dtype == torch.float32
@@ -250,8 +252,8 @@ def test_weights_of_absent_registers_go_to_cls_and_patches_in_proportion():
 
 
 def test_groups_are_the_tokens_in_their_order():
-    assert token_group_sizes(21, 4) == (1, 4, 16)
-    loss = TrajectoryLoss("mse", num_registers=2)
+    assert TokenLayout(4).sizes(21) == (1, 4, 16)
+    loss = TrajectoryLoss("mse", TokenLayout(2))
     teacher = torch.zeros(BATCH, 7, DIM)
     for weights, tokens in ([1, 0, 0], [0]), ([0, 1, 0], [1, 2]), ([0, 0, 1], [3, 4, 5, 6]):
         for token in range(7):
@@ -271,7 +273,7 @@ def test_groups_are_the_tokens_in_their_order():
 )
 def test_weights_that_weigh_nothing_are_refused(weights, message):
     with pytest.raises(ValueError, match=message):
-        DistillationTask(make_student(), TrajectoryLoss("mse", 2), stage2_weights=weights)
+        DistillationTask(make_student(), TrajectoryLoss("mse", TokenLayout(2)), stage2_weights=weights)
 
 
 def test_weights_of_registers_alone_are_refused_without_registers():
@@ -285,7 +287,7 @@ def test_weights_of_registers_alone_are_refused_without_registers():
 )
 def test_option_out_of_range_is_named(options, message):
     with pytest.raises(ValueError, match=message):
-        DistillationTask(make_student(), TrajectoryLoss("mse", 2), **options)
+        DistillationTask(make_student(), TrajectoryLoss("mse", TokenLayout(2)), **options)
 
 
 def test_unknown_loss_is_named():
@@ -300,7 +302,7 @@ def record_inputs(student, run, **options) -> list[torch.Tensor]:
         block.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach().clone()))
         for block in student.encoder.blocks
     ]
-    run(DistillationTask(student, TrajectoryLoss("mse", 2), **options))
+    run(DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2)), **options))
     for hook in hooks:
         hook.remove()
     return inputs
@@ -338,7 +340,7 @@ def test_input_noise_of_stage1_falls_on_every_forced_step_and_no_rolled_one():
 
 
 def test_input_noise_is_relative_to_the_root_mean_square_of_each_state():
-    task = DistillationTask(make_student(), TrajectoryLoss("mse", 2), input_noise=0.1)
+    task = DistillationTask(make_student(), TrajectoryLoss("mse", TokenLayout(2)), input_noise=0.1)
     torch.manual_seed(0)
     states = torch.randn(2, 100, 500) * torch.tensor([1.0, 20.0])[:, None, None] + 5
     noise = task._start(states) - states
@@ -371,7 +373,7 @@ def test_normalized_loss_of_the_mean_state_is_one():
     states = make_states() * torch.linspace(1, 100, LAYERS + 1)[:, None, None]
     accumulator = LayerVariance(LAYERS, DIM)
     accumulator.update(states)
-    loss = TrajectoryLoss("mse", 2, accumulator.compute().sqrt())
+    loss = TrajectoryLoss("mse", TokenLayout(2), accumulator.compute().sqrt())
     for layer in range(1, LAYERS + 1):
         mean = states[:, layer].mean(dim=(0, 1)).expand_as(states[:, layer])
         assert loss(mean, states[:, layer], layer).item() == pytest.approx(1.0, rel=1e-4)

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 from sklearn.metrics import silhouette_samples
 
-from raptor_hf.dynamics.basins import Reservoir, class_angles, has_class_pairs, image_key, principal_plane, summaries
+from raptor_hf.dynamics.basins import Reservoir, class_angles, has_class_pairs, image_key, principal_plane
+from raptor_hf.tokens import TokenLayout
 
 
 def bundles(apart, spread, per_class=20, layers=3):
@@ -79,11 +80,11 @@ def test_images_alone_in_their_class_are_left_out():
 
 def test_summaries_are_cls_and_the_mean_of_the_patches():
     states = torch.randn(2, 3, 7, 4).to(torch.bfloat16)
-    result = summaries(states, num_registers=2)
+    result = TokenLayout(2).summaries(states)
     assert result.shape == (2, 3, 2, 4) and result.dtype == torch.float32
     assert torch.equal(result[:, :, 0], states[:, :, 0].float())
     torch.testing.assert_close(result[:, :, 1], states[:, :, 3:].float().mean(2))
-    assert summaries(states, has_cls=False).shape == (2, 3, 1, 4)
+    assert TokenLayout(has_cls=False).summaries(states).shape == (2, 3, 1, 4)
 
 
 def test_sample_is_that_of_the_smallest_keys_in_any_order_and_batching():

@@ -8,6 +8,7 @@ import torch
 
 from raptor_hf.dynamics.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator, roll_out
 from raptor_hf.teacher import Teacher
+from raptor_hf.tokens import TokenLayout
 from tests.support.tiny_models import DIM, NUM_LAYERS, images, tiny_dinov2
 
 
@@ -45,7 +46,7 @@ def test_operator_and_eigenvalues_of_a_linear_phase_are_found():
     expected = [complex(math.cos(0.4), math.sin(0.4)), complex(math.cos(0.4), -math.sin(0.4)), 0.8, 0.4]
     np.testing.assert_allclose(sorted(one.eigenvalues.numpy(), key=np.imag), sorted(expected, key=np.imag), 1e-9)
     assert one.eigenvalues.abs().diff().max() <= 1e-12  # by descending modulus
-    errors = DMDErrors([one, two], has_cls=False)
+    errors = DMDErrors([one, two], TokenLayout(has_cls=False))
     errors.update(states)
     for span in errors.compute():
         np.testing.assert_allclose(span.cosine_error["dmd"]["patches"].mean, 0, atol=1e-9)
@@ -96,7 +97,7 @@ def test_float32_states_have_dynamics_in_the_directions_they_fill_alone(ridge):
 def test_errors_are_those_of_a_loop():
     states = torch.randn(5, 6, 7, 4, dtype=torch.float64).cumsum(1)
     operators = fit(states, [(0, 1), (1, 5)])
-    errors = DMDErrors(operators, num_registers=2, max_steps=3)
+    errors = DMDErrors(operators, TokenLayout(2), max_steps=3)
     for part in states.split(2):
         errors.update(part)
     results = errors.compute()

@@ -3,15 +3,16 @@
 import numpy as np
 import torch
 
+from raptor_hf.accumulators import Curve
 from raptor_hf.dynamics.experiment_figures import plot_perturbation
 from raptor_hf.dynamics.figures import STYLES, plot_epsilon
 from raptor_hf.dynamics.interventions import PerturbationResult
-from raptor_hf.dynamics.motion import Curve
 from raptor_hf.metrics import FidelityAccumulator
+from raptor_hf.tokens import TokenLayout
 
 
 def fidelity(num_registers=0):
-    accumulator = FidelityAccumulator(3, num_registers, True, 4)
+    accumulator = FidelityAccumulator(3, TokenLayout(num_registers), 4)
     states = torch.randn(2, 4, 6, 4, generator=torch.Generator().manual_seed(0))
     accumulator.update(states, states + 0.1)
     return accumulator.compute()

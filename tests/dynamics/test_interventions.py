@@ -16,6 +16,7 @@ from raptor_hf.dynamics.interventions import (
 )
 from raptor_hf.phases import Partition
 from raptor_hf.teacher import Teacher
+from raptor_hf.tokens import TokenLayout
 from tests.support.tiny_models import NUM_LAYERS, images, tiny_dinov2
 
 PARTITION = Partition.from_boundaries([3, 5], 6)
@@ -24,7 +25,7 @@ PARTITION = Partition.from_boundaries([3, 5], 6)
 class LinearModel:
     """A model whose layers shrink all deviations from a fixed state by `rate`; its classes are signs of feature 0."""
 
-    has_cls, num_registers, num_prefix_tokens, hidden_size = True, 0, 1, 4
+    tokens, hidden_size = TokenLayout(), 4
 
     def __init__(self, rate, num_layers=6, classifier=True):
         self.rate, self.num_layers = rate, num_layers

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from raptor_hf.accumulators import MomentAccumulator
 from raptor_hf.dynamics import motion
-from raptor_hf.dynamics.motion import DynamicsAccumulator, MomentAccumulator, speed_jumps, token_groups
+from raptor_hf.dynamics.motion import DynamicsAccumulator, speed_jumps
 from raptor_hf.dynamics.ranks import SpectrumAccumulator, effective_rank, singular_values, stable_rank
+from raptor_hf.tokens import TokenLayout
 
 REGISTERS, LAYERS, TOKENS, DIM = 2, 5, 9, 12
 
@@ -25,7 +27,7 @@ def rotation(angle, layers=LAYERS, batch=2, growth=1.0):
 
 
 def compute(states, registers=REGISTERS, has_cls=True, batch_size=None):
-    accumulator = DynamicsAccumulator(states.shape[1] - 1, registers, has_cls)
+    accumulator = DynamicsAccumulator(states.shape[1] - 1, TokenLayout(registers, has_cls))
     for batch in states.split(batch_size or len(states)):
         accumulator.update(batch)
     return accumulator.compute()
@@ -71,7 +73,7 @@ def loop_over_everything(states, groups):
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-4), (torch.bfloat16, 2e-4)])
 def test_motion_is_that_of_a_loop_over_vectors(dtype, rtol):
     states = trajectory(dtype=dtype)
-    actual, expected = compute(states, batch_size=4), loop_over_everything(states, token_groups(REGISTERS))
+    actual, expected = compute(states, batch_size=4), loop_over_everything(states, TokenLayout(REGISTERS).slices)
     for name, groups in expected.items():
         assert getattr(actual, name).keys() == {"cls", "registers", "patches"}
         for group, values in groups.items():
@@ -149,7 +151,7 @@ def test_kinds_of_tokens_that_a_model_lacks_are_left_out():
     assert torch.equal(patches.mean, compute(states).gamma["patches"].mean)
 
 
-MAKERS = [lambda: DynamicsAccumulator(LAYERS, REGISTERS), lambda: SpectrumAccumulator(LAYERS, DIM)]
+MAKERS = [lambda: DynamicsAccumulator(LAYERS, TokenLayout(REGISTERS)), lambda: SpectrumAccumulator(LAYERS, DIM)]
 
 
 @pytest.mark.parametrize("make", MAKERS)
@@ -175,12 +177,12 @@ def test_processes_merge_by_adding_sums_of_fixed_size(make, monkeypatch):
 
 @pytest.mark.parametrize("states", [torch.zeros(2, LAYERS, TOKENS, DIM), torch.zeros(2, LAYERS + 1, 3, DIM)])
 def test_states_of_another_shape_are_refused(states):
-    with pytest.raises(ValueError, match=r"states must be \(B, 6, T > 3, D\)"):
-        DynamicsAccumulator(LAYERS, REGISTERS).update(states)
+    with pytest.raises(ValueError, match=r"states is .*; it must be \(B, 6, T > 3, D\)"):
+        DynamicsAccumulator(LAYERS, TokenLayout(REGISTERS)).update(states)
     with pytest.raises(ValueError, match="num_layers=1"):
-        DynamicsAccumulator(1)
+        DynamicsAccumulator(1, TokenLayout())
     with pytest.raises(ValueError, match="no images"):
-        DynamicsAccumulator(LAYERS).compute()
+        DynamicsAccumulator(LAYERS, TokenLayout()).compute()
     with pytest.raises(ValueError, match="features"):
         SpectrumAccumulator(LAYERS, DIM + 1).update(trajectory())
 

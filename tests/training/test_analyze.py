@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from raptor_hf.accumulators import Curve
 from raptor_hf.conversion import student_from_teacher
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.dynamics.extrapolation import ExtrapolationResult
@@ -29,7 +30,7 @@ from raptor_hf.dynamics.findings import (
     thirds,
 )
 from raptor_hf.dynamics.interventions import EditResult, layer_edits
-from raptor_hf.dynamics.motion import Curve, SpeedJumps
+from raptor_hf.dynamics.motion import SpeedJumps
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.metrics import TopKAccuracy
 from raptor_hf.phases import Partition

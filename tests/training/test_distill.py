@@ -420,7 +420,7 @@ def test_settings_of_the_loss_reach_it(run, teacher, monkeypatch):
     published, ours, plain = tasks
     assert (published.stage1_weights, published.stage2_weights) == ([0.34, 0.33, 0.33], [0.45, 0.10, 0.45])
     assert (published.horizon, published.input_noise, published.loss.kind) == (None, 0.0, "mse")
-    assert published.loss.layer_scale is None and published.loss.num_registers == 2
+    assert published.loss.layer_scale is None and published.loss.tokens.num_registers == 2
     assert (ours.stage2_weights, ours.horizon, ours.input_noise) == ([0.2, 0.3, 0.5], 2, 0.1)
     assert ours.loss.kind == "frobenius" and (plain.stage1_weights, plain.stage2_weights) == (None, None)
     # the standard deviations on the images that the phases were found on, the first ones of the training

@@ -7,9 +7,10 @@ import torch
 from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, SiglipConfig, SiglipForImageClassification
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from raptor_hf.distillation.task import TrajectoryLoss, token_group_sizes
+from raptor_hf.distillation.task import TrajectoryLoss
 from raptor_hf.probing import load_backbone
 from raptor_hf.teacher import Teacher, load_teacher
+from raptor_hf.tokens import TokenLayout
 from tests.support.tiny_models import DIM, NUM_HEADS, NUM_LAYERS, images, randomize
 from tests.support.tiny_vits import TEXT, WIDTH
 from tests.training.test_distill import SHORT, flags
@@ -51,7 +52,7 @@ def test_probing_starts_from_the_students_form_of_the_classifier(tmp_path):
 
 
 def test_without_cls_the_first_token_is_a_patch_to_the_loss():
-    assert token_group_sizes(9, 0, has_cls=False) == (0, 0, 9)
+    assert TokenLayout(has_cls=False).sizes(9) == (0, 0, 9)
     student, teacher = torch.randn(2, 9, DIM), Teacher(MAKE["siglip"]().eval()).trajectory(images((6, 6)))[:, 0]
-    loss = TrajectoryLoss(has_cls=False)(student, teacher, 1, [0.45, 0.1, 0.45])
+    loss = TrajectoryLoss(tokens=TokenLayout(has_cls=False))(student, teacher, 1, [0.45, 0.1, 0.45])
     torch.testing.assert_close(loss, (student - teacher).square().mean())

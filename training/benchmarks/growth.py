@@ -30,6 +30,7 @@ from raptor_hf.conversion import student_from_teacher
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss
 from raptor_hf.phases import Partition, find_phases
 from raptor_hf.teacher import Teacher
+from raptor_hf.tokens import TokenLayout
 
 from .measuring import Comparison, alternate, count_flops, saved_bytes
 
@@ -119,7 +120,7 @@ class TrainingStep:
         student.base_model.embeddings.requires_grad_(False)
         student.base_model.layernorm.requires_grad_(False)
         scale = torch.ones(shape.num_layers + 1, device=device)
-        loss = TrajectoryLoss(num_registers=shape.num_registers, layer_scale=scale)
+        loss = TrajectoryLoss(tokens=TokenLayout(shape.num_registers), layer_scale=scale)
         self.task = DistillationTask(student.to(device), loss, stage2_weights=[0.45, 0.10, 0.45])
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=device.type in ("cpu", "cuda"))

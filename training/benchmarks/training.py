@@ -142,7 +142,7 @@ class OurStep:
                 block.compile()
         self.task = DistillationTask(
             student,
-            TrajectoryLoss("mse", teacher.num_registers),
+            TrajectoryLoss("mse", teacher.tokens),
             stage1_weights=[0.34, 0.33, 0.33],
             stage2_weights=[0.45, 0.10, 0.45],
         )

@@ -254,7 +254,7 @@ def measure_teacher(settings: TeacherSettings) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measure_split(teacher: Teacher, batches: ImageLoader, device: torch.device) -> tuple[dict[str, float], Tensor]:
-    copied = FidelityAccumulator(teacher.num_layers, teacher.num_registers, teacher.has_cls)
+    copied = FidelityAccumulator(teacher.num_layers, teacher.tokens)
     num_images, num_correct, loss = 0, 0, 0.0
     for batch in batches:
         labels = batch["labels"].to(device)

@@ -10,6 +10,7 @@ from raptor_hf import RaptorModel
 from raptor_hf.distillation.student import block_parameters
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss
 from raptor_hf.research_checkpoints import BLOCK_NAMES, CONDITIONER_NAMES
+from raptor_hf.tokens import TokenLayout
 from tests.support.reference_block import reference_step, step_weights
 from tests.support.tiny_raptors import tiny_model
 from training.benchmarks.reference_loop import ReferenceLoop
@@ -25,7 +26,7 @@ def make_student(ffn_type: str) -> RaptorModel:
 def make_task(student: RaptorModel) -> DistillationTask:
     return DistillationTask(
         student,
-        TrajectoryLoss("mse", REGISTERS),
+        TrajectoryLoss("mse", TokenLayout(REGISTERS)),
         stage1_weights=[0.34, 0.33, 0.33],
         stage2_weights=[0.45, 0.10, 0.45],
     )

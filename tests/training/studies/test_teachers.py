@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from raptor_hf.metrics import FidelityAccumulator
+from raptor_hf.tokens import TokenLayout
 from training.studies.teachers import (
     Claim,
     breaking_sentence,
@@ -94,7 +95,7 @@ def test_r2_of_the_change_is_the_share_of_the_copys_error_that_the_student_remov
     student = teacher + 0.3 * torch.randn(3, 5, 6, 4, generator=generator)
     r2 = []
     for states in (student, teacher[:, :1].expand_as(teacher)):
-        fidelity = FidelityAccumulator(num_layers=4, num_registers=1)
+        fidelity = FidelityAccumulator(num_layers=4, tokens=TokenLayout(1))
         fidelity.update(teacher, states)
         r2.append(fidelity.compute().r2.tolist())
     errors = [((states - teacher) ** 2).sum(dim=(0, 2, 3))[1:] for states in (student, teacher[:, :1])]
