@@ -165,10 +165,25 @@ class NoConditioner(nn.Module):
         return [StepModulation()] * len(depths)
 
 
-class ScaleOutput(nn.Linear):
-    """Last layer of the `"scale"` MLP; starts near zero, so that the gains start near one."""
+class GainLayer(nn.Module):
+    """One linear layer of the `"scale"` MLP.
 
-    init_std = 1e-4
+    It is no `nn.Linear`, so that adapters and quantisers, which take all of those, leave it as it is: a handful of
+    numbers that every token depends on.
+    """
+
+    def __init__(self, in_features: int, out_features: int, init_std: float | None) -> None:
+        super().__init__()
+        self.init_std = init_std
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, values: torch.Tensor | tuple[float, ...]) -> torch.Tensor:
+        """Values (S, in_features), or S depth indices, to (S, out_features)."""
+        if isinstance(values, tuple):
+            # made here, where the weight is at hand: offloaded weights are elsewhere outside of their module's call
+            values = torch.tensor(values, dtype=self.weight.dtype, device=self.weight.device)[:, None]
+        return nn.functional.linear(values, self.weight, self.bias)
 
 
 class ScaleConditioner(nn.Module):
@@ -178,12 +193,12 @@ class ScaleConditioner(nn.Module):
 
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(1, self.hidden_size)
-        self.fc2 = ScaleOutput(self.hidden_size, 3 * config.hidden_size)
+        self.fc1 = GainLayer(1, self.hidden_size, init_std=None)
+        # near zero, so that the gains start near one
+        self.fc2 = GainLayer(self.hidden_size, 3 * config.hidden_size, init_std=1e-4)
 
     def forward(self, depths: tuple[float, ...]) -> list[StepModulation]:
-        depth = torch.tensor(depths, dtype=self.fc1.weight.dtype, device=self.fc1.weight.device)
-        gains = self.fc2(nn.functional.silu(self.fc1(depth[:, None]))) + 1
+        gains = self.fc2(nn.functional.silu(self.fc1(depths))) + 1
         # not views of one tensor, which a nested compile region does not take
         attention, ffn, output = (part.clone() for part in gains.chunk(3, dim=1))
         return [
@@ -282,32 +297,49 @@ CONDITIONERS: dict[str, type[nn.Module]] = {
 }
 
 
-class RaptorLinear(nn.Linear):
-    """A linear layer whose weight can be changed by a low-rank term for one call."""
+def _linear(in_features: int, out_features: int, start: str, bias: bool = True) -> nn.Linear:
+    """A linear layer that `_init_weights` draws as `start` says: `"qkv"`, `"proj"`, `"ffn"` or `"head"`.
 
-    def forward(
-        self, hidden_states: torch.Tensor, up: torch.Tensor | None = None, down: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if up is None:
-            return nn.functional.linear(hidden_states, self.weight, self.bias)
-        if self.training and hidden_states.shape[:-1].numel() > self.in_features:
-            # merged into the weight: one product for a whole batch, and one gradient for all three factors
-            return nn.functional.linear(hidden_states, torch.addmm(self.weight, up, down), self.bias)
-        # two thin products: cheaper for the few tokens of a small batch
-        thin = nn.functional.linear(nn.functional.linear(hidden_states, down), up)
-        return nn.functional.linear(hidden_states, self.weight, self.bias) + thin
+    It is a plain `nn.Linear`, called with one tensor, so that adapters, quantisers and hooks find what they expect.
+    """
+    layer = nn.Linear(in_features, out_features, bias)
+    layer.start = start
+    return layer
 
 
-class RaptorBranchOutput(nn.Linear):
-    """The linear layer at the end of a branch; its rows can be multiplied by LayerScale for one call."""
+def _is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is what this file made it: of its class, no hook on it, its call not replaced."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
-    def forward(self, hidden_states: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
-        if scale is None:
-            return nn.functional.linear(hidden_states, self.weight, self.bias)
-        if hidden_states.dtype == torch.float16:
-            # products of weights and of a LayerScale at its start are below its range
-            return nn.functional.linear(hidden_states, self.weight, self.bias) * scale
-        return nn.functional.linear(hidden_states, self.weight * scale[:, None], self.bias * scale)
+
+def _low_rank(
+    layer: nn.Module, hidden_states: torch.Tensor, up: torch.Tensor | None, down: torch.Tensor | None
+) -> torch.Tensor:
+    """What `layer` would give if up @ down were added to its weight; `None` adds nothing."""
+    if up is None:
+        return layer(hidden_states)
+    many = layer.training and hidden_states.shape[:-1].numel() > hidden_states.shape[-1]
+    if many and _is_bare(layer, nn.Linear):
+        # merged into the weight: one product for a whole batch, and one gradient for all three factors
+        return nn.functional.linear(hidden_states, torch.addmm(layer.weight, up, down), layer.bias)
+    # beside the layer: whatever wraps or replaces it is added to the same weight in training and at inference
+    return layer(hidden_states) + nn.functional.linear(nn.functional.linear(hidden_states, down), up)
+
+
+def _scaled(layer: nn.Module, hidden_states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """The output of a linear layer times `scale`, (D,), which goes into the weight; `None` is one."""
+    if scale is None:
+        return layer(hidden_states)
+    if hidden_states.dtype == torch.float16:
+        # products of weights and of a LayerScale at its start are below its range
+        return layer(hidden_states) * scale
+    return nn.functional.linear(hidden_states, layer.weight * scale[:, None], layer.bias * scale)
 
 
 class RaptorLayerNorm(nn.LayerNorm):
@@ -364,14 +396,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-class RaptorQKV(RaptorLinear):
-    """Projection to query, key and value, stacked in this order."""
-
-
-class RaptorAttentionOutput(RaptorBranchOutput):
-    """Projection of the heads' outputs."""
-
-
 class RaptorAttention(nn.Module):
     """Multi-head self-attention."""
 
@@ -383,8 +407,9 @@ class RaptorAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.qkv = RaptorQKV(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
-        self.proj = RaptorAttentionOutput(config.hidden_size, config.hidden_size)
+        # query, key and value, stacked in this order
+        self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, "qkv", bias=config.qkv_bias)
+        self.proj = _linear(config.hidden_size, config.hidden_size, "proj")
 
     def forward(
         self,
@@ -395,7 +420,7 @@ class RaptorAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens, dim = hidden_states.shape
-        qkv = self.qkv(hidden_states, up, down).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        qkv = _low_rank(self.qkv, hidden_states, up, down).view(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -407,7 +432,7 @@ class RaptorAttention(nn.Module):
                 # on CPUs the backward pass of attention in bfloat16 is many times slower than that in float32
                 query, key, value = query.float(), key.float(), value.float()
             context, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.proj(context.reshape(batch, tokens, dim).to(dtype), scale), weights
+        return _scaled(self.proj, context.reshape(batch, tokens, dim).to(dtype), scale), weights
 
 
 class RaptorMLP(nn.Module):
@@ -415,9 +440,9 @@ class RaptorMLP(nn.Module):
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
-        self.fc1 = RaptorLinear(config.hidden_size, config.intermediate_size)
+        self.fc1 = _linear(config.hidden_size, config.intermediate_size, "ffn")
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = RaptorBranchOutput(config.intermediate_size, config.hidden_size)
+        self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn")
 
     def forward(
         self,
@@ -426,7 +451,7 @@ class RaptorMLP(nn.Module):
         down: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states, up, down)), scale)
+        return _scaled(self.fc2, self.activation(_low_rank(self.fc1, hidden_states, up, down)), scale)
 
 
 class RaptorSwiGLU(nn.Module):
@@ -434,8 +459,8 @@ class RaptorSwiGLU(nn.Module):
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
-        self.fc1 = RaptorLinear(config.hidden_size, 2 * config.intermediate_size)
-        self.fc2 = RaptorBranchOutput(config.intermediate_size, config.hidden_size)
+        self.fc1 = _linear(config.hidden_size, 2 * config.intermediate_size, "ffn")
+        self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn")
 
     def forward(
         self,
@@ -444,8 +469,8 @@ class RaptorSwiGLU(nn.Module):
         down: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        gate, value = self.fc1(hidden_states, up, down).chunk(2, dim=-1)
-        return self.fc2(nn.functional.silu(gate) * value, scale)
+        gate, value = _low_rank(self.fc1, hidden_states, up, down).chunk(2, dim=-1)
+        return _scaled(self.fc2, nn.functional.silu(gate) * value, scale)
 
 
 class RaptorBlock(GradientCheckpointingLayer):
@@ -454,6 +479,8 @@ class RaptorBlock(GradientCheckpointingLayer):
     Args:
         hidden_states: tokens, (B, T, D).
         *modulation: the fields of `StepModulation`, flat and positional, since checkpointing follows no other tensors.
+        step: which step of the model this is, 1..L. The block itself is the same at every step; a hook that is
+            registered with `with_kwargs=True` reads it as `kwargs["step"]`.
 
     Returns:
         the tokens after the step, (B, T, D), and the attention weights, (B, heads, T, T), or `None` where the attention
@@ -474,6 +501,7 @@ class RaptorBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         *modulation: torch.Tensor | None,
+        step: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Exported graphs have no nested regions, and in training Inductor (seen in torch 2.13) computes wrong gradients
@@ -492,15 +520,15 @@ class RaptorBlock(GradientCheckpointingLayer):
         if step.input_shift is not None:
             hidden_states = hidden_states + step.input_shift
         # In training LayerScale goes into the weight before the branch's output, of which then nothing is kept for the
-        # gradient, if that is more than the weight; otherwise onto the output.
-        fold = self.training and hidden_states.shape[:-1].numel() > self.attention.proj.in_features
+        # gradient, if that is more than the weight and nobody else has to do with that output; otherwise onto it.
+        fold = self._folds(hidden_states, self.attention, self.attention.proj)
         scale = self.layer_scale1(step.layer_scale1_gain, step.attention_gain)
         branch = self.norm1(hidden_states, step.norm1_gain, step.norm1_shift)
         branch, weights = self.attention(branch, step.qkv_up, step.qkv_down, scale if fold else None, **kwargs)
         branch = self.drop_path(branch)
         hidden_states = hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale)
 
-        fold = self.training and hidden_states.shape[:-1].numel() > self.ffn.fc2.in_features
+        fold = self._folds(hidden_states, self.ffn, self.ffn.fc2)
         scale = self.layer_scale2(step.layer_scale2_gain, step.ffn_gain)
         if fold and step.output_gain is not None:
             scale = scale * step.output_gain
@@ -513,6 +541,16 @@ class RaptorBlock(GradientCheckpointingLayer):
         return torch.addcmul(hidden_states, branch, scale) * step.output_gain, weights
 
     _compiled_step = _compile_once(_step)
+
+    def _folds(self, hidden_states: torch.Tensor, branch: nn.Module, output: nn.Module) -> bool:
+        """Whether LayerScale goes into the weight of the last layer of a branch."""
+        return (
+            self.training
+            and _is_bare(output, nn.Linear)
+            and hidden_states.shape[:-1].numel() > output.in_features
+            and any(_is_bare(branch, kind) for kind in (RaptorAttention, RaptorMLP, RaptorSwiGLU))
+            and _is_bare(self.drop_path, RaptorDropPath)
+        )
 
 
 class RaptorPreTrainedModel(PreTrainedModel):
@@ -541,21 +579,22 @@ class RaptorPreTrainedModel(PreTrainedModel):
         # by the classes that own the parameters: of modules outside transformers without parameters of their own,
         # transformers believes that they are initialised, and never brings them here
         std = self.config.initializer_range
-        if isinstance(module, RaptorQKV):
+        start = getattr(module, "start", None)
+        if start == "qkv":
             # nn.MultiheadAttention's: Xavier over the stacked matrix, no bias
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, RaptorHead):
+        elif start == "head":
             init.trunc_normal_(module.weight, std=std)
             init.zeros_(module.bias)
-        elif isinstance(module, ScaleOutput):
+        elif isinstance(module, GainLayer) and module.init_std is not None:
             init.normal_(module.weight, std=module.init_std)
             init.normal_(module.bias, std=module.init_std)
-        elif isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
+        elif isinstance(module, (nn.Linear, GainLayer)):
+            bound = module.weight.shape[1] ** -0.5
             init.uniform_(module.weight, -bound, bound)
-            if isinstance(module, RaptorAttentionOutput):
+            if start == "proj":
                 init.zeros_(module.bias)
             else:
                 init.uniform_(module.bias, -bound, bound)
@@ -597,10 +636,6 @@ class RaptorPreTrainedModel(PreTrainedModel):
             for name in CODE_FILES:
                 if (here / name).is_file() and here.resolve() != Path(save_directory).resolve():
                     shutil.copyfile(here / name, Path(save_directory) / name)
-
-
-class RaptorHead(nn.Linear):
-    """The linear layer of a task head."""
 
 
 class RaptorEncoder(RaptorPreTrainedModel):
@@ -666,8 +701,8 @@ class RaptorEncoder(RaptorPreTrainedModel):
         if self.training and torch.is_grad_enabled() and self.blocks[0].gradient_checkpointing:
             # reentrant checkpointing gives a block no gradients if its input needs none, as after frozen embeddings
             hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
-        for (block, _), modulation in zip(plan, self.modulations(plan), strict=True):
-            hidden_states, _ = self.blocks[block](hidden_states, *modulation, **kwargs)
+        for step, ((block, _), modulation) in enumerate(zip(plan, self.modulations(plan), strict=True), start=1):
+            hidden_states, _ = self.blocks[block](hidden_states, *modulation, step=step, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 
 
@@ -788,7 +823,7 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         self.num_labels = config.num_labels
         self.raptor = RaptorModel(config)
         width = (config.has_cls + 1) * config.hidden_size
-        self.classifier = RaptorHead(width, config.num_labels) if config.num_labels else nn.Identity()
+        self.classifier = _linear(width, config.num_labels, "head") if config.num_labels else nn.Identity()
         self.post_init()
 
     @can_return_tuple
@@ -847,7 +882,7 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config.for_segmentation())
         self.raptor = RaptorModel(self.config)
-        self.classifier = RaptorHead(config.hidden_size, config.num_segmentation_labels)
+        self.classifier = _linear(config.hidden_size, config.num_segmentation_labels, "head")
         self.post_init()
 
     @can_return_tuple
@@ -909,7 +944,7 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config)
         self.raptor = RaptorModel(config)
-        self.bins = RaptorHead(2 * config.hidden_size, config.num_depth_bins)
+        self.bins = _linear(2 * config.hidden_size, config.num_depth_bins, "head")
         self.post_init()
 
     @can_return_tuple

@@ -7,7 +7,7 @@ import torch
 
 from raptor_hf import RaptorConfig, RaptorModel
 from raptor_hf.configuration_raptor import DEPTH_CONDITIONINGS, FFN_TYPES
-from raptor_hf.modeling_raptor import RaptorBranchOutput
+from raptor_hf.modeling_raptor import _scaled
 from tests.support.tiny_raptors import tiny_images, tiny_model
 from training.benchmarks.measuring import saved_bytes
 
@@ -164,8 +164,8 @@ def test_weights_in_bf16_train_on_a_cpu(attention):
 
 def test_a_new_blocks_small_layer_scale_survives_half_precision():
     torch.manual_seed(0)
-    output = RaptorBranchOutput(64, 64)
+    output = torch.nn.Linear(64, 64)
     hidden, scale = torch.randn(200, 64), torch.full((64,), 1e-5)
-    exact = output(hidden, scale)
-    half = output.half()(hidden.half(), scale)
+    exact = _scaled(output, hidden, scale)
+    half = _scaled(output.half(), hidden.half(), scale)
     assert (half.float() - exact).norm() < 0.01 * exact.norm()
