@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# the settings of a run, in its folder
+RESOLVED_FILE = "resolved.yaml"
+
 
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Write a UTF-8 text file so that readers, and a crash, see the old content or the new, never a part.
