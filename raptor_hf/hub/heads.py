@@ -2,11 +2,13 @@
 
     save_head(probe, "runs/digits_k3", "imagenet-1k")
     RaptorForImageClassification.from_pretrained("runs/digits_k3", variant="imagenet-1k")
-    AutoModel.from_pretrained("runs/digits_k3")        # the backbone alone
+    RaptorForImageClassification.from_pretrained("runs/digits_k3")  # the default head, the first unless another is set
+    AutoModel.from_pretrained("runs/digits_k3")                     # the backbone alone
 
 `model.safetensors` holds the backbone, `head-VARIANT.safetensors` a head, and `model.safetensors.index.VARIANT.json`
-names both files, which is how transformers finds them.
-
+names both files, which is how transformers finds them. `head_variants` in config.json lists the variants of every
+class, the default one first. A head's file carries the fingerprint of the backbone that it was trained on: on another
+one it is stale.
 """
 
 import json
@@ -16,18 +18,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..configuration_raptor import RaptorConfig
 from ..modeling_raptor import (
     RaptorForDepthEstimation,
     RaptorForImageClassification,
     RaptorForSemanticSegmentation,
     RaptorPreTrainedModel,
 )
-from ..recipes.files import write_text_atomically
+from ..recipes.files import fingerprint_tensors, write_text_atomically
 
 # what a head puts into the one configuration of the folder
 HEAD_FIELDS: dict[type[RaptorPreTrainedModel], tuple[str, ...]] = {
@@ -39,6 +43,10 @@ HEAD_FIELDS: dict[type[RaptorPreTrainedModel], tuple[str, ...]] = {
     ),
     RaptorForDepthEstimation: ("num_depth_bins", "min_depth", "max_depth"),
 }
+# key of the backbone's fingerprint in the metadata of a head's file
+_FINGERPRINT = "backbone"
+# a name becomes part of file names
+_MAX_VARIANT_LENGTH = 100
 
 
 def save_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *, own_variant: str = "teacher") -> Path:
@@ -63,12 +71,53 @@ def save_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *,
     """
     folder = Path(folder)
     config, head, backbone, own_head, stored = _check_head(model, folder, variant, own_variant)
+    variants = _read_variants(folder, own_variant if own_head else None)
+    fingerprint = _backbone_fingerprint(stored)
     if own_head:
-        _write_head(folder, own_head, list(backbone), own_variant)
+        _write_head(folder, own_head, list(backbone), own_variant, fingerprint)
+        # named before it leaves model.safetensors, so that it is found at any moment
+        _write_config(folder, _read_config(folder) | {"head_variants": variants})
     _save_atomically(stored, folder / SAFE_WEIGHTS_NAME)
-    path = _write_head(folder, head, list(backbone), variant)
-    write_text_atomically(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path = _write_head(folder, head, list(backbone), variant, fingerprint)
+    variants = {
+        name: [other for other in others if other != variant or name == _kind(model).__name__]
+        for name, others in variants.items()
+    }
+    siblings = variants.setdefault(_kind(model).__name__, [])
+    if variant not in siblings:
+        siblings.append(variant)
+    _write_config(folder, config | {"head_variants": {name: others for name, others in variants.items() if others}})
     return path
+
+
+def set_default_head(folder: str | Path, variant: str) -> None:
+    """Makes a head the one that its class loads where no variant is named.
+
+    Raises:
+        ValueError: the folder has no such head.
+    """
+    folder = Path(folder)
+    variants = _read_variants(folder)
+    siblings = next((names for names in variants.values() if variant in names), None)
+    if siblings is None:
+        raise ValueError(
+            f"variant is {variant!r}; the heads of {folder} are {', '.join(list_heads(folder)) or 'none'}."
+        )
+    siblings.sort(key=lambda name: name != variant)
+    _write_config(folder, _read_config(folder) | {"head_variants": variants})
+
+
+def check_variant(name: str) -> None:
+    """Refuses what cannot be the name of a head.
+
+    Raises:
+        ValueError: it holds other characters than letters, digits, ".", "_" and "-", or too many.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or len(name) > _MAX_VARIANT_LENGTH:
+        raise ValueError(
+            f"variant is {name!r}; it must be made of letters, digits, '.', '_' and '-', begin with a letter or digit "
+            f"and have at most {_MAX_VARIANT_LENGTH} characters."
+        )
 
 
 def check_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *, own_variant: str = "teacher") -> None:
@@ -83,15 +132,48 @@ def list_heads(folder: str | Path) -> list[str]:
     return sorted(file.name.removeprefix(prefix).removesuffix(suffix) for file in files)
 
 
+def stale_heads(folder: str | Path) -> list[str]:
+    """Names of the heads that were trained on another backbone than the folder's; those without a fingerprint are not.
+
+    Raises:
+        FileNotFoundError: a head's file is missing.
+    """
+    folder = Path(folder)
+    trained_on = {}
+    for variant in list_heads(folder):
+        with safe_open(folder / f"head-{variant}.safetensors", "pt") as file:
+            if known := (file.metadata() or {}).get(_FINGERPRINT):
+                trained_on[variant] = known
+    if not trained_on:
+        return []
+    present = backbone_fingerprint(folder)
+    return [variant for variant, known in trained_on.items() if known != present]
+
+
+def backbone_fingerprint(folder: str | Path) -> str:
+    """Fingerprint of the backbone in a folder, the same whether a head lies in its file or not."""
+    return _backbone_fingerprint(load_file(Path(folder) / SAFE_WEIGHTS_NAME))
+
+
+def sort_labels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, as JSON has it, with the names of classes in the order of their ids rather than 0, 1, 10, 2."""
+    sorted_config = dict(config)
+    for name in ("id2label", "segmentation_id2label"):
+        if labels := config.get(name):
+            sorted_config[name] = dict(sorted(labels.items(), key=lambda item: int(item[0])))
+    if labels := config.get("label2id"):
+        sorted_config["label2id"] = dict(sorted(labels.items(), key=lambda item: int(item[1])))
+    return sorted_config
+
+
 def _check_head(
     model: RaptorPreTrainedModel, folder: Path, variant: str, own_variant: str
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """The folder's new configuration, head and backbone of the model, own head and backbone of the folder."""
     for name in (variant, own_variant):
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"variant is {name!r}; it must be made of letters, digits, '.', '_' and '-'.")
-    fields = next((fields for kind, fields in HEAD_FIELDS.items() if isinstance(model, kind)), None)
-    if fields is None:
+        check_variant(name)
+    kind = _kind(model)
+    if kind is None:
         raise ValueError(f"model is a {type(model).__name__}; one of these has a head: {_names(HEAD_FIELDS)}.")
     weights = folder / SAFE_WEIGHTS_NAME
     if not weights.is_file():
@@ -113,7 +195,7 @@ def _check_head(
             f"variant is {variant!r}, the name for the head that {folder} has; choose another own_variant."
         )
     rivals = {own_variant: own_head} if own_head else {}
-    return _merged_config(folder, model, fields, variant, rivals), head, backbone, own_head, stored
+    return _merged_config(folder, model, HEAD_FIELDS[kind], variant, rivals), head, backbone, own_head, stored
 
 
 def _merged_config(
@@ -124,8 +206,7 @@ def _merged_config(
     own_heads: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Any]:
     """The folder's configuration with the fields of the new head; `own_heads` are in no file of their own yet."""
-    path = folder / "config.json"
-    config, ours = json.loads(path.read_text(encoding="utf-8")), json.loads(model.config.to_json_string(use_diff=False))
+    config, ours = _read_config(folder), json.loads(model.config.to_json_string(use_diff=False))
     head, _ = _split(model.state_dict(), model.base_model_prefix)
     rivals = {name: {key: list(tensor.shape) for key, tensor in tensors.items()} for name, tensors in own_heads.items()}
     for rival in list_heads(folder):
@@ -150,9 +231,79 @@ def _merged_config(
     return config | {field: ours.get(field) for field in fields}
 
 
-def _write_head(folder: Path, head: dict[str, Tensor], backbone: list[str], variant: str) -> Path:
+def _kind(model: RaptorPreTrainedModel) -> type[RaptorPreTrainedModel] | None:
+    return next((kind for kind in HEAD_FIELDS if isinstance(model, kind)), None)
+
+
+def _read_variants(folder: Path, own_variant: str | None = None) -> dict[str, list[str]]:
+    """Variants by the name of their class, the default ones first.
+
+    Args:
+        folder: perhaps of an older version, which lists no variants in its configuration.
+        own_variant: name for the head in the folder's `model.safetensors`, which is a default.
+    """
+    config = _read_config(folder)
+    there = list_heads(folder)
+    listed = {
+        kind: [name for name in names if name in there] for kind, names in config.get("head_variants", {}).items()
+    }
+    shapes = {}
+    for variant in there:
+        if not any(variant in names for names in listed.values()):
+            with safe_open(folder / f"head-{variant}.safetensors", "pt") as file:
+                shapes[variant] = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    # the teacher's classifier is older than all others
+    for variant in sorted(shapes, key=lambda name: (name != "teacher", name)):
+        listed.setdefault(_kind_of_shapes(folder, shapes[variant]), []).append(variant)
+    if own_variant is not None:
+        kind, *_ = config.get("architectures") or [None]
+        if kind not in [known.__name__ for known in HEAD_FIELDS]:
+            with safe_open(folder / SAFE_WEIGHTS_NAME, "pt") as file:
+                own = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            kind = _kind_of_shapes(folder, _split(own, RaptorPreTrainedModel.base_model_prefix)[0])
+        listed[kind] = [own_variant, *(name for name in listed.get(kind, []) if name != own_variant)]
+    return listed
+
+
+def _kind_of_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Name of the class that has such a head in this folder, by the shapes, or by the widths alone."""
+    config = RaptorConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        models = {kind.__name__: kind(config).state_dict() for kind in HEAD_FIELDS}
+    heads = {
+        name: {
+            key: tuple(tensor.shape)
+            for key, tensor in _split(state, RaptorPreTrainedModel.base_model_prefix)[0].items()
+        }
+        for name, state in models.items()
+    }
+    for width_alone in (0, 1):
+        for name, head in heads.items():
+            if {key: shape[width_alone:] for key, shape in head.items()} == {
+                key: shape[width_alone:] for key, shape in shapes.items()
+            }:
+                return name
+    raise ValueError(f"{folder} has a head that is of no class of this version: {', '.join(sorted(shapes))}.")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    text = json.dumps(sort_labels(dict(sorted(config.items()))), indent=2)
+    write_text_atomically(folder / "config.json", text + "\n")
+
+
+def _backbone_fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    prefix = f"{RaptorPreTrainedModel.base_model_prefix}."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return fingerprint_tensors(inside or tensors)
+
+
+def _write_head(folder: Path, head: dict[str, Tensor], backbone: list[str], variant: str, fingerprint: str) -> Path:
     path = folder / f"head-{variant}.safetensors"
-    _save_atomically(head, path)
+    _save_atomically(head, path, {_FINGERPRINT: fingerprint})
     size = sum((folder / name).stat().st_size for name in (path.name, SAFE_WEIGHTS_NAME))
     files = {name: path.name for name in head} | {name: SAFE_WEIGHTS_NAME for name in backbone}
     index = {"metadata": {"total_size": size}, "weight_map": files}
@@ -161,16 +312,16 @@ def _write_head(folder: Path, head: dict[str, Tensor], backbone: list[str], vari
     return path
 
 
-def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
+def _save_atomically(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, temporary, metadata={"format": "pt"})
+    save_file(contiguous, temporary, metadata={"format": "pt", **(metadata or {})})
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _split(tensors: dict[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split(tensors: Mapping[str, Any], prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Head and backbone."""
     backbone = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
     return {name: tensor for name, tensor in tensors.items() if name not in backbone}, backbone

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForImageClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForDepthEstimation, AutoModelForImageClassification, pipeline
 
 from raptor_hf import (
     RaptorConfig,
@@ -17,7 +18,16 @@ from raptor_hf import (
     RaptorForSemanticSegmentation,
     RaptorModel,
 )
-from raptor_hf.hub.heads import list_heads, save_head
+from raptor_hf.hub.heads import (
+    backbone_fingerprint,
+    check_variant,
+    list_heads,
+    save_head,
+    set_default_head,
+    stale_heads,
+)
+from raptor_hf.image_processing_raptor import RaptorImageProcessor
+from raptor_hf.recipes.files import fingerprint_tensors
 from tests.support.tiny_raptors import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -157,3 +167,115 @@ import raptor_hf.hub.heads, raptor_hf.hub.privacy, raptor_hf.hub.student_card, r
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def same_logits(model, other, pixel_values) -> bool:
+    with torch.no_grad():
+        return torch.equal(model(pixel_values).to_tuple()[0], other(pixel_values).to_tuple()[0])
+
+
+def test_without_a_variant_the_first_head_of_a_class_loads_and_stays_the_default(classifier, tmp_path, pixel_values):
+    other = with_backbone_of(classifier, RaptorForImageClassification)
+    depth = with_backbone_of(classifier, RaptorForDepthEstimation)
+    save_head(depth, tmp_path, "nyu")
+    save_head(other, tmp_path, "another")
+    for auto_class, expected in (
+        (AutoModelForImageClassification, classifier),
+        (RaptorForImageClassification, classifier),
+        (AutoModelForDepthEstimation, depth),
+    ):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()) and same_logits(loaded, expected, pixel_values)
+    set_default_head(tmp_path, "another")
+    assert same_logits(RaptorForImageClassification.from_pretrained(tmp_path), other, pixel_values)
+    # another head, and the same again, leave the default as it is
+    save_head(classifier, tmp_path, "third")
+    save_head(classifier, tmp_path, "third")
+    assert same_logits(RaptorForImageClassification.from_pretrained(tmp_path), other, pixel_values)
+    assert json.loads((tmp_path / "config.json").read_text())["head_variants"] == {
+        "RaptorForImageClassification": ["another", "teacher", "third"],
+        "RaptorForDepthEstimation": ["nyu"],
+    }
+    with pytest.raises(ValueError, match="the heads of .* are another, nyu, teacher, third"):
+        set_default_head(tmp_path, "fourth")
+
+
+def test_the_pipeline_runs_on_the_trained_default_head(classifier, tmp_path, pixel_values):
+    save_head(with_backbone_of(classifier, RaptorForSemanticSegmentation), tmp_path, "ade20k")
+    size = {"height": 16, "width": 16}
+    RaptorImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(tmp_path)
+    classify = pipeline("image-classification", str(tmp_path))
+    assert torch.equal(classify.model.classifier.weight, classifier.classifier.weight)
+
+
+def test_a_head_that_is_missing_is_an_error_that_names_those_that_are_there(classifier, tmp_path):
+    save_head(with_backbone_of(classifier, RaptorForImageClassification), tmp_path, "digits")
+    known = "RaptorForImageClassification: teacher, digits"
+    with pytest.raises(ValueError, match=f"variant is 'digit'.*{known}"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, variant="digit")
+    with pytest.raises(ValueError, match=f"no head for RaptorForDepthEstimation. .*{known}"):
+        AutoModelForDepthEstimation.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"variant is 'digits'; .*{known}"):
+        RaptorForSemanticSegmentation.from_pretrained(tmp_path, variant="digits")
+    # who names other classes wants a new head
+    new = RaptorForSemanticSegmentation.from_pretrained(tmp_path, num_segmentation_labels=3)
+    assert new.classifier.out_features == 3
+    assert AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3).classifier.out_features == 3
+
+
+def test_a_model_saved_elsewhere_does_not_claim_the_heads_of_its_old_folder(classifier, tmp_path, pixel_values):
+    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
+    copy = tmp_path / "copy"
+    RaptorForImageClassification.from_pretrained(tmp_path).save_pretrained(copy)
+    assert "head_variants" not in json.loads((copy / "config.json").read_text())
+    assert same_logits(RaptorForImageClassification.from_pretrained(copy), classifier, pixel_values)
+
+
+def test_a_folder_of_an_older_version_gets_its_list_of_heads_with_the_next_head(classifier, tmp_path):
+    save_head(with_backbone_of(classifier, RaptorForSemanticSegmentation), tmp_path, "ade20k")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "head_variants"}))
+    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
+    assert json.loads(path.read_text())["head_variants"] == {
+        "RaptorForImageClassification": ["teacher"],
+        "RaptorForSemanticSegmentation": ["ade20k"],
+        "RaptorForDepthEstimation": ["nyu"],
+    }
+
+
+def test_heads_on_another_backbone_than_their_own_are_stale(classifier, tmp_path):
+    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
+    assert stale_heads(tmp_path) == []
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert stale_heads(tmp_path) == ["nyu", "teacher"]
+
+
+def test_a_backbone_has_one_fingerprint_with_and_without_a_head(classifier, tmp_path):
+    classifier.raptor.save_pretrained(tmp_path / "alone")
+    assert backbone_fingerprint(tmp_path / "alone") == backbone_fingerprint(tmp_path)
+    assert backbone_fingerprint(tmp_path) != fingerprint_tensors(classifier.state_dict())
+
+
+def test_names_of_more_than_ten_classes_are_written_in_the_order_of_their_ids(tmp_path):
+    names = dict(enumerate("abcdefghijkl"))
+    model = tiny_model(
+        RaptorForImageClassification,
+        num_labels=12,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )
+    model.base_model.save_pretrained(tmp_path)
+    save_head(model, tmp_path, "letters")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert list(config["id2label"]) == [str(index) for index in range(12)]
+    assert list(config["id2label"].values()) == list("abcdefghijkl") == list(config["label2id"])
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", "a b", ".hidden", "x" * 101])
+def test_impossible_names_of_heads_are_refused_before_a_head_is_there(name):
+    with pytest.raises(ValueError, match="variant is .*letters, digits"):
+        check_variant(name)
+    check_variant("imagenet-1k.v2_a")
