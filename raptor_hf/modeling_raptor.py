@@ -16,6 +16,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
@@ -572,6 +573,54 @@ class RaptorPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(RaptorBlock, index=1),
     }
     _input_embed_layer = "patch_embeddings"
+    # what the configuration says of a class's head
+    _head_fields: tuple[str, ...] = ()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None,
+        *args: Any,
+        config: Any = None,
+        variant: str | None = None,
+        **kwargs: Any,
+    ) -> "RaptorPreTrainedModel":
+        """
+        [`PreTrainedModel.from_pretrained`]; of several heads in one folder, `variant` names one, and without it a
+        class gets the first head of its kind. Other classes or labels than the folder's ask for a new head.
+
+        Raises:
+            ValueError: the folder has heads, but not this one; the message names those that it has.
+        """
+        if pretrained_model_name_or_path is not None and cls._head_fields:
+            variant = cls._find_head(pretrained_model_name_or_path, config, variant, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, variant=variant, **kwargs)
+
+    @classmethod
+    def _find_head(cls, folder: str | Path, config: Any, variant: str | None, kwargs: dict[str, Any]) -> str | None:
+        """The variant that `from_pretrained` loads, None where the folder lists no heads or a new head is asked for."""
+        places = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        stored, _ = cls.config_class.get_config_dict(folder, **{key: kwargs[key] for key in places if key in kwargs})
+        heads = stored.get("head_variants") or {}
+        own = [name for kind in cls.__mro__ for name in heads.get(kind.__name__, ())]
+        if not heads or variant in own:
+            return variant
+        known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in heads.items())
+        if variant is not None:
+            raise ValueError(
+                f"variant is {variant!r}; {folder} has no such head for {cls.__name__}. Its heads are {known}."
+            )
+        there = cls.config_class.from_dict(dict(stored))
+        wanted = config if isinstance(config, PreTrainedConfig) else cls.config_class.from_dict(dict(stored), **kwargs)
+        wanted, there = wanted.to_dict(), there.to_dict()
+        if any(wanted.get(name) != there.get(name) for name in cls._head_fields):
+            return None
+        if not own:
+            raise ValueError(
+                f"{folder} has no head for {cls.__name__}. Its heads are {known}. For a new head, to be trained, give "
+                "num_labels, id2label or num_depth_bins."
+            )
+        return own[0]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -630,6 +679,8 @@ class RaptorPreTrainedModel(PreTrainedModel):
         # imported here so that transformers brings this file along with remote code, too
         from .image_processing_raptor import RaptorImageProcessor  # noqa: F401
 
+        # which heads lie in the folder that the model came from says nothing of this one
+        self.config.__dict__.pop("head_variants", None)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             here = Path(__file__).parent
@@ -818,6 +869,8 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
     Without a cls token it is on the mean patch alone.
     """
 
+    _head_fields = ("id2label",)
+
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -879,6 +932,8 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
 class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
     """A linear layer on the patches after the final LayerNorm, its logits bilinearly upsampled to the image."""
 
+    _head_fields = ("num_segmentation_labels", "segmentation_id2label", "id2label")
+
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config.for_segmentation())
         self.raptor = RaptorModel(self.config)
@@ -937,6 +992,7 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
     The mean patch stands for cls where there is none.
     """
 
+    _head_fields = ("num_depth_bins",)
     upsampling = 4
     sigma_weight = 10.0
     sigma_lambda = 0.85

@@ -13,7 +13,6 @@ upload that was cut off goes on with the same command. It takes as long as the w
 import contextlib
 import getpass
 import json
-import re
 import socket
 import sys
 import tempfile
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
-import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 
 # HTTPError is what the client raises where there is no answer; the package it comes from differs between its versions
@@ -37,11 +35,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
 
 from raptor_hf import RaptorConfig
-from raptor_hf.hub.heads import PrivateData, check_private, check_weights, collect_files, is_published
-from raptor_hf.hub.student_card import make_card
+from raptor_hf.hub.privacy import PrivateData
+from raptor_hf.hub.publication import Publication, is_published, make_publication
 from raptor_hf.recipes.settings import parse_settings, user_errors
 
-TEMPLATE = Path(__file__).parents[1] / "model_cards" / "template.md"
 # what a repository may hold before the first model comes
 WITHOUT_MODEL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md"}
 
@@ -71,21 +68,6 @@ class PublishSettings:
                 raise ValueError(f"{field} is refused: {error}") from error
         if not Path(self.run_folder).is_dir():
             raise FileNotFoundError(f"run_folder is {self.run_folder!r}, which is not a folder")
-
-
-@dataclass(frozen=True)
-class Publication:
-    """All that goes up: the files by their paths in the repository, the card among them."""
-
-    files: dict[str, bytes | Path]
-    card: ModelCard
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every file."""
-        return {
-            path: len(content) if isinstance(content, bytes) else content.stat().st_size
-            for path, content in self.files.items()
-        }
 
 
 @dataclass(frozen=True)
@@ -166,114 +148,6 @@ def explain(error: Exception) -> str:
     if response.status_code == 403:
         return f"{answer}: the token may not do that; it needs write access to that repository or organisation"
     return f"{answer}; {again}"
-
-
-def make_publication(
-    run_folder: str | Path,
-    name: str,
-    private: PrivateData,
-    *,
-    revision: str | None = None,
-    teacher_run: str | None = None,
-    base_model: str | None = None,
-    license: str | None = None,
-    teacher_link: str | None = None,
-    with_code: bool = True,
-) -> Publication:
-    """Checks a run folder and gathers what is published of it.
-
-    The Hub is asked for the teacher's licence and whether it has the data sets, and may be out of reach.
-
-    Args:
-        run_folder: of a run of distill.py, perhaps with heads by probe.py.
-        name: what from_pretrained will be given.
-        private: is taken out of all files.
-        revision: branch that from_pretrained will be given.
-        teacher_run: folder whose metrics.json holds the teacher's probes.
-        base_model: the teacher's name on the Hub, if it is not in metrics.json.
-        license: of the weights, if it is not the teacher's.
-        teacher_link: the teacher's card, relative to the student's, if it is not on the Hub.
-        with_code: whether the model's code goes with the weights.
-
-    Raises:
-        FileNotFoundError: the folder of an unfinished run, or one without all files of its model.
-        ValueError: weights that are damaged or not finite, private data that stays, an unknown licence.
-    """
-    folder = Path(run_folder)
-    classes = check_weights(folder)
-    metrics, settings = read_json(folder / "metrics.json"), read_settings(folder)
-    teacher = metrics.get("teacher") or {"name": settings["teacher"], "revision": settings.get("teacher_revision")}
-    # a teacher from a folder has no commit
-    base_model = base_model or (teacher["name"] if teacher.get("revision") else None)
-    names = [settings["dataset"], *(probe["dataset"] for probe in metrics.get("probes", {}).values())]
-    datasets = [dataset for dataset in dict.fromkeys(names) if is_hub_dataset(dataset)]
-    public = (*private.public, *datasets, *([base_model] if base_model else []))
-    private = PrivateData(private.home, private.names, private.token, public)
-    files = collect_files(folder, private, has_code=with_code)
-    card = make_card(
-        private.remove({"teacher": teacher} | metrics),
-        private.remove(settings),
-        RaptorConfig.from_pretrained(folder),
-        template=TEMPLATE,
-        name=name,
-        classes=classes,
-        figures=[path for path in files if path.startswith("figures/")],
-        **({"license": license} if license else license_of(teacher["name"], base_model)),
-        base_model=base_model,
-        datasets=datasets,
-        teacher_link=teacher_link,
-        revision=revision,
-        teacher_metrics=private.remove(read_json(Path(teacher_run) / "metrics.json")) if teacher_run else None,
-        has_code=with_code,
-    )
-    files = {"README.md": f"{str(card).rstrip()}\n".encode()} | files
-    check_private(files, private)
-    return Publication(files, card)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not the folder of a run that has finished")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "resolved.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not {"teacher", "dataset"} <= settings.keys():
-        raise ValueError(f"{folder} is not a run of distill.py: no resolved.yaml there names a teacher and a dataset")
-    return settings
-
-
-def is_hub_dataset(name: str) -> bool:
-    """Whether images come from the Hub, rather than from scikit-learn or from a folder or file."""
-    if name == "digits" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is None or Path(name).exists():
-        return False
-    try:
-        HfApi().dataset_info(name)
-    except RepositoryNotFoundError:  # a folder that lies where the run was made, or gone: there is nothing to link to
-        return False
-    except (HTTPError, OSError):  # a Hub out of reach is told of by the checks that need it
-        return True
-    return True
-
-
-def license_of(teacher: str, base_model: str | None) -> dict[str, str]:
-    """The licence in the teacher's card, which the weights made from it come under, as `make_card` takes it."""
-    path, data = Path(teacher) / "README.md", None
-    if path.is_file():
-        data = ModelCard.load(path).data
-    elif base_model is not None:
-        # there may be no card, and a Hub out of reach is told of by the checks that need it
-        with contextlib.suppress(HTTPError, OSError):
-            data = ModelCard.load(base_model).data
-    if data is None or data.license is None:
-        raise ValueError(f"the licence of the teacher, {teacher!r}, is not known; give --license, such as apache-2.0")
-    found = {key: data.get(key) for key in ("license", "license_name", "license_link") if data.get(key)}
-    if base_model is not None and "license_link" in found and "://" not in found["license_link"]:
-        # a file of the teacher's repository
-        found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{found['license_link']}"
-    return found
 
 
 def print_files(publication: Publication) -> None:

@@ -29,14 +29,13 @@ from transformers import AutoModelForImageClassification, Dinov2WithRegistersCon
 from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.hub.card_words import dataset_label, describe_training
-from raptor_hf.hub.heads import PrivateData, check_private, collect_files
+from raptor_hf.hub.privacy import PrivateData, check_private
+from raptor_hf.hub.publication import Publication, collect_files, is_hub_dataset, make_publication, read_json
 from raptor_hf.hub.teacher_card import make_teacher_card
 from raptor_hf.recipes.files import rename_over, write_text_atomically
 from raptor_hf.recipes.settings import RESOLVED_FILE, parse_settings, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
-from training.publish import Publication, is_hub_dataset, make_publication, read_json
 
-TEACHER_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "teacher.md"
 # of a teacher that was trained here from random weights
 OWN_LICENSE = "apache-2.0"
 BEGIN, END = "<!-- zoo: written by training/zoo.py -->", "<!-- end of zoo -->"
@@ -176,7 +175,6 @@ def gather_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooS
         private.remove(resolved),
         model.config,
         json.loads(files["preprocessor_config.json"]),
-        template=TEACHER_TEMPLATE,
         name=folder.as_posix(),
         license=settings.license or OWN_LICENSE,
         datasets=datasets,

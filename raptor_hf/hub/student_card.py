@@ -1,6 +1,6 @@
 """The card of a student, filled from what its run has written: metrics.json, resolved.yaml and the configuration.
 
-    card = make_card(metrics, settings, config, template="model_cards/template.md", name="org/raptor", ...)
+    card = make_card(metrics, settings, config, name="org/raptor", ...)
     card.save("README.md")
 
 Nothing in a card is written by hand. A number that a run has not measured is left out, and the card says that it is
@@ -34,6 +34,7 @@ from .card_words import (
     short_count,
 )
 
+TEMPLATE = Path(__file__).with_suffix(".md")
 # student and teacher cost the same if their multiply-accumulates differ by no more
 ISO_COST = 0.02
 TAGS = ("raptor", "block-recurrent")
@@ -67,7 +68,6 @@ def make_card(
     settings: Mapping[str, Any],
     config: RaptorConfig,
     *,
-    template: str | Path,
     name: str,
     classes: Mapping[str | None, type[RaptorPreTrainedModel]],
     figures: Sequence[str],
@@ -87,9 +87,8 @@ def make_card(
         metrics: the run's metrics.json, with "probes" and "quick_checks" if heads were trained.
         settings: the run's resolved.yaml.
         config: of the model.
-        template: Jinja file with the text.
         name: what from_pretrained is given, the repository or a folder.
-        classes: of the models by variant, as `raptor_hf.hub.heads.check_weights` returns them.
+        classes: of the models by variant, as `raptor_hf.hub.publication.check_weights` returns them.
         figures: paths of the figures in the repository.
         license: identifier of the weights' licence, as the Hub knows it.
         base_model: the teacher's name on the Hub, None if it is not there.
@@ -125,7 +124,7 @@ def make_card(
     options = {"revision": revision} if revision else {}
     card = ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(TEMPLATE),
         model_id=name,
         short_name=name.rpartition("/")[2],
         run=settings,

@@ -1,6 +1,6 @@
 """The card of a teacher that train_teacher.py has trained, filled from what its run has written.
 
-card = make_teacher_card(metrics, settings, config, processor, template="model_cards/teacher.md", ...)
+card = make_teacher_card(metrics, settings, config, processor, ...)
 card.save("README.md")
 """
 
@@ -22,6 +22,8 @@ from .card_words import (
     short_count,
 )
 
+TEMPLATE = Path(__file__).with_suffix(".md")
+
 
 def make_teacher_card(
     metrics: Mapping[str, Any],
@@ -29,7 +31,6 @@ def make_teacher_card(
     config: PreTrainedConfig,
     processor: Mapping[str, Any],
     *,
-    template: str | Path,
     name: str,
     license: str,
     datasets: Sequence[str],
@@ -41,7 +42,6 @@ def make_teacher_card(
         settings: the run's resolved.yaml.
         config: of the model.
         processor: the run's preprocessor_config.json.
-        template: Jinja file with the text.
         name: what from_pretrained is given, the repository or a folder.
         license: identifier of the weights' licence, as the Hub knows it.
         datasets: names on the Hub of the data sets that it was trained on.
@@ -73,7 +73,7 @@ def make_teacher_card(
     )
     card = ModelCard.from_template(
         data,
-        template_path=str(template),
+        template_path=str(TEMPLATE),
         model_id=name,
         short_name=name.rpartition("/")[2],
         run=settings,

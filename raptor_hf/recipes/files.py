@@ -1,15 +1,21 @@
 """Writing files so that a crash, or a reader at the wrong moment, sees the old content or the new, never a part."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# the settings of a run, in its folder
+RESOLVED_FILE = "resolved.yaml"
 
 
 def write_text_atomically(path: str | Path, text: str) -> None:
@@ -40,10 +46,10 @@ def write_json(path: str | Path, obj: Any) -> None:
     Raises:
         TypeError: something in it is none of these.
     """
-    write_text_atomically(path, json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text_atomically(path, json.dumps(as_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _plain(obj: Any) -> Any:
+def as_plain(obj: Any) -> Any:
     if isinstance(obj, Tensor):
         obj = obj.detach().cpu()
         obj = (obj.float() if obj.dtype == torch.bfloat16 else obj).numpy()  # NumPy has no bfloat16
@@ -52,14 +58,52 @@ def _plain(obj: Any) -> Any:
     if isinstance(obj, dict):
         if wrong := [key for key in obj if not isinstance(key, str)]:
             raise TypeError(f"JSON keys are strings, got {wrong[0]!r}")
-        return {key: _plain(value) for key, value in obj.items()}
+        return {key: as_plain(value) for key, value in obj.items()}
     if isinstance(obj, list | tuple):
-        return [_plain(value) for value in obj]
+        return [as_plain(value) for value in obj]
     if isinstance(obj, float):
         return obj if math.isfinite(obj) else None
     if obj is None or isinstance(obj, str | int):
         return obj
     raise TypeError(f"cannot write a {type(obj).__name__} to JSON: {obj!r}")
+
+
+@contextlib.contextmanager
+def written_beside(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files take their places in `folder` once the block has ended.
+
+    Where the block fails, as on a full disk, `folder` keeps what it had. Weights go before config.json, which makes a
+    model of a folder.
+
+    Yields:
+        The temporary folder, inside of `folder`.
+    """
+    folder = Path(folder)
+    temporary = folder / ".writing"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        paths = [path for path in temporary.rglob("*") if path.is_file()]
+        for path in paths:
+            flush(path)
+        for path in sorted(paths, key=lambda path: (path.name == "config.json", path)):
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+        flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, whatever their order and device; 64 hex digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def rename_over(temporary: Path, target: Path, replaced: Path) -> None:

@@ -23,11 +23,11 @@ from typing import Any, Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from .files import write_text_atomically
+from .files import RESOLVED_FILE, write_text_atomically
 
 Settings = TypeVar("Settings")
 
-RESOLVED_FILE, CHECKPOINT_FOLDER = "resolved.yaml", "checkpoints"
+CHECKPOINT_FOLDER = "checkpoints"
 # settings that do not change what a run computes
 RUN_ONLY = (
     *("output_dir", "override", "num_workers", "tracker", "log_every", "checkpoint_every", "keep_checkpoints"),

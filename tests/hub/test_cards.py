@@ -2,7 +2,6 @@
 
 import copy
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,7 +13,6 @@ from tests.support.hub_server import front_matter_problem
 from tests.support.published_run import SETTINGS, metrics, probe
 from tests.support.tiny_raptors import tiny_config
 
-ROOT = Path(__file__).parents[2]
 CLASSES = {
     None: RaptorModel,
     "ade20k": RaptorForSemanticSegmentation,
@@ -29,7 +27,6 @@ def card(numbers=None, settings=None, config=None, **options) -> ModelCard:
         SETTINGS | (settings or {}),
         config or tiny_config(depth_conditioning="low_rank"),
         **dict(
-            template=ROOT / "model_cards" / "template.md",
             name="alice/tiny",
             classes=CLASSES,
             figures=["figures/fidelity.png", "figures/phases.png", "figures/probe-ade20k.png"],

@@ -1,12 +1,15 @@
 """Several heads in one folder."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForDepthEstimation, AutoModelForImageClassification, pipeline
 
 from raptor_hf import (
     RaptorConfig,
@@ -15,8 +18,19 @@ from raptor_hf import (
     RaptorForSemanticSegmentation,
     RaptorModel,
 )
-from raptor_hf.hub.heads import PrivateData, check_weights, is_published, list_heads, save_head
+from raptor_hf.hub.heads import (
+    backbone_fingerprint,
+    check_variant,
+    list_heads,
+    save_head,
+    set_default_head,
+    stale_heads,
+)
+from raptor_hf.image_processing_raptor import RaptorImageProcessor
+from raptor_hf.recipes.files import fingerprint_tensors
 from tests.support.tiny_raptors import tiny_model
+
+ROOT = Path(__file__).parents[2]
 
 
 def config(**overrides) -> RaptorConfig:
@@ -122,101 +136,6 @@ def test_bad_input_is_refused_and_changes_nothing(classifier, tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_each_variant_is_checked_to_be_the_model_that_the_configuration_describes(classifier, tmp_path):
-    assert check_weights(tmp_path) == {None: RaptorForImageClassification}
-    save_head(with_backbone_of(classifier, RaptorForSemanticSegmentation), tmp_path, "ade20k")
-    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
-    classes = {None: RaptorModel, "teacher": RaptorForImageClassification}
-    classes |= {"ade20k": RaptorForSemanticSegmentation, "nyu": RaptorForDepthEstimation}
-    assert check_weights(tmp_path) == classes
-    head = load_file(tmp_path / "head-nyu.safetensors")
-    for broken, message in (
-        ({"bins.bias": head["bins.bias"]}, "bins.weight"),
-        (head | {"bins.bias": head["bins.bias"][:-1].clone()}, "bins.bias"),
-        (head | {"bins.bias": torch.full_like(head["bins.bias"], torch.inf)}, "NaN or infinite"),
-    ):
-        save_file(broken, tmp_path / "head-nyu.safetensors")
-        with pytest.raises(ValueError, match=message):
-            check_weights(tmp_path)
-    (tmp_path / "head-nyu.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="head-nyu"):
-        check_weights(tmp_path)
-
-
-def test_shards_are_whole_or_refused(tmp_path):
-    RaptorModel(config()).save_pretrained(tmp_path, max_shard_size="10KB")
-    shard, *others = sorted(tmp_path.glob("model-*.safetensors"))
-    assert others and check_weights(tmp_path) == {None: RaptorModel}
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=shard.name):
-        check_weights(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "path, allowed",
-    [
-        ("model.safetensors", True),
-        ("model-00001-of-00002.safetensors", True),
-        ("head-imagenet-1k.safetensors", True),
-        ("model.safetensors.index.imagenet-1k.json", True),
-        ("figures/probe-nyu.png", True),
-        ("modeling_raptor.py", True),
-        ("figures/../log.png", False),
-        ("checkpoints/step-00000001/state.safetensors", False),
-        ("losses.json", False),
-        ("log.txt", False),
-        (".env", False),
-        ("train.py", False),
-    ],
-)
-def test_only_files_of_the_list_are_published(path, allowed):
-    assert is_published(path) is allowed
-
-
-@pytest.mark.parametrize(
-    "value, cleaned",
-    [
-        ("/data/ann/imagenet", "imagenet"),
-        ("~/models/dino/", "dino"),
-        ("../ann/teacher", "teacher"),
-        ("/data/my images/of ann", "of (removed)"),
-        ("C:\\Users\\ann\\teacher", "teacher"),
-        ("file:///data/teacher", "teacher"),
-        ("train.py --model=/data/ann/m --out '/tmp/x' --lr 1e-3", "train.py --model=m --out 'x' --lr 1e-3"),
-        ("runs/ann/k3 on gpu7", "runs/(removed)/k3 on (removed)"),
-        ("gpu7.lab.example", "(removed)"),
-        ("facebook/dinov2-small", "facebook/dinov2-small"),
-        ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
-        ("annotations, 3/4 of them", "annotations, 3/4 of them"),
-        ("use hunter2!", "use (removed)!"),
-    ],
-)
-def test_paths_names_and_token_are_taken_out_and_nothing_else(value, cleaned):
-    private = PrivateData("/home/ann", ("ann", "gpu7.lab.example"), "hunter2")
-    nested = {"a": [{"b": value, "hostname": "gpu7", "_name_or_path": "/x"}], "n": 1.5, "none": None}
-    assert private.remove(nested) == {"a": [{"b": cleaned}], "n": 1.5, "none": None}
-    assert private.remove({value: {"unreadable_images": {"a.jpg": "no"}}}) == {cleaned: {"unreadable_images": 1}}
-    assert private.find(cleaned) is None
-
-
-def test_what_is_private_is_found_without_being_repeated():
-    private = PrivateData("/srv/h/ann", ("ann", "gpu7.lab.example"), "hunter2", ("org/gpu9",))
-    for text, kind in (
-        ("by Ann.", "name of the user"),
-        ("ran on gpu7-2", "name of the user or of the host"),
-        ("/srv/h/ann/x", "home directory"),
-        ("at /home/bob/x", "home directory"),
-        ("'hunter2'", "token"),
-        ("hf_" + "a1" * 17, "token"),
-    ):
-        assert kind in private.find(text) and text not in private.find(text)
-    assert private.find("cannon, root, /srv/h/annex") is None
-    # names that everybody sees
-    assert PrivateData("/root", ("root", "raptor"), None).find("root: a raptor") is None
-    assert PrivateData("/x", ("gpu9", "org"), None, ("org/gpu9",)).find("org/gpu9") is None
-    assert private.find("ann", has_words=False) is None and private.find("/srv/h/ann", has_words=False)
-
-
 def test_classes_without_names_take_those_of_the_new_head(tmp_path):
     tiny_model(RaptorForImageClassification).save_pretrained(tmp_path)  # LABEL_0 .. LABEL_3
     named = tiny_model(RaptorForImageClassification, seed=1, id2label=dict(enumerate("abcd")))
@@ -231,3 +150,132 @@ def test_other_classes_than_those_of_the_folders_own_head_are_refused(tmp_path):
     with pytest.raises(ValueError, match="'pets' has other id2label than 'teacher'"):
         save_head(other, tmp_path, "pets")
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+def test_heads_privacy_and_cards_import_without_the_train_extra():
+    # transformers imports what it finds, accelerate for one, so only imports by our own modules count
+    code = """
+import builtins
+extra = {"accelerate", "datasets", "jinja2", "matplotlib", "sklearn", "scipy", "tqdm", "yaml"}
+original = builtins.__import__
+def checked(name, globals=None, *rest, **options):
+    importer = (globals or {}).get("__name__", "")
+    assert not (importer.startswith("raptor_hf") and name.partition(".")[0] in extra), (importer, name)
+    return original(name, globals, *rest, **options)
+builtins.__import__ = checked
+import raptor_hf.hub.heads, raptor_hf.hub.privacy, raptor_hf.hub.student_card, raptor_hf.hub.teacher_card
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def same_logits(model, other, pixel_values) -> bool:
+    with torch.no_grad():
+        return torch.equal(model(pixel_values).to_tuple()[0], other(pixel_values).to_tuple()[0])
+
+
+def test_without_a_variant_the_first_head_of_a_class_loads_and_stays_the_default(classifier, tmp_path, pixel_values):
+    other = with_backbone_of(classifier, RaptorForImageClassification)
+    depth = with_backbone_of(classifier, RaptorForDepthEstimation)
+    save_head(depth, tmp_path, "nyu")
+    save_head(other, tmp_path, "another")
+    for auto_class, expected in (
+        (AutoModelForImageClassification, classifier),
+        (RaptorForImageClassification, classifier),
+        (AutoModelForDepthEstimation, depth),
+    ):
+        loaded, info = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values()) and same_logits(loaded, expected, pixel_values)
+    set_default_head(tmp_path, "another")
+    assert same_logits(RaptorForImageClassification.from_pretrained(tmp_path), other, pixel_values)
+    # another head, and the same again, leave the default as it is
+    save_head(classifier, tmp_path, "third")
+    save_head(classifier, tmp_path, "third")
+    assert same_logits(RaptorForImageClassification.from_pretrained(tmp_path), other, pixel_values)
+    assert json.loads((tmp_path / "config.json").read_text())["head_variants"] == {
+        "RaptorForImageClassification": ["another", "teacher", "third"],
+        "RaptorForDepthEstimation": ["nyu"],
+    }
+    with pytest.raises(ValueError, match="the heads of .* are another, nyu, teacher, third"):
+        set_default_head(tmp_path, "fourth")
+
+
+def test_the_pipeline_runs_on_the_trained_default_head(classifier, tmp_path, pixel_values):
+    save_head(with_backbone_of(classifier, RaptorForSemanticSegmentation), tmp_path, "ade20k")
+    size = {"height": 16, "width": 16}
+    RaptorImageProcessor(size={"shortest_edge": 16}, crop_size=size).save_pretrained(tmp_path)
+    classify = pipeline("image-classification", str(tmp_path))
+    assert torch.equal(classify.model.classifier.weight, classifier.classifier.weight)
+
+
+def test_a_head_that_is_missing_is_an_error_that_names_those_that_are_there(classifier, tmp_path):
+    save_head(with_backbone_of(classifier, RaptorForImageClassification), tmp_path, "digits")
+    known = "RaptorForImageClassification: teacher, digits"
+    with pytest.raises(ValueError, match=f"variant is 'digit'.*{known}"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, variant="digit")
+    with pytest.raises(ValueError, match=f"no head for RaptorForDepthEstimation. .*{known}"):
+        AutoModelForDepthEstimation.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"variant is 'digits'; .*{known}"):
+        RaptorForSemanticSegmentation.from_pretrained(tmp_path, variant="digits")
+    # who names other classes wants a new head
+    new = RaptorForSemanticSegmentation.from_pretrained(tmp_path, num_segmentation_labels=3)
+    assert new.classifier.out_features == 3
+    assert AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3).classifier.out_features == 3
+
+
+def test_a_model_saved_elsewhere_does_not_claim_the_heads_of_its_old_folder(classifier, tmp_path, pixel_values):
+    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
+    copy = tmp_path / "copy"
+    RaptorForImageClassification.from_pretrained(tmp_path).save_pretrained(copy)
+    assert "head_variants" not in json.loads((copy / "config.json").read_text())
+    assert same_logits(RaptorForImageClassification.from_pretrained(copy), classifier, pixel_values)
+
+
+def test_a_folder_of_an_older_version_gets_its_list_of_heads_with_the_next_head(classifier, tmp_path):
+    save_head(with_backbone_of(classifier, RaptorForSemanticSegmentation), tmp_path, "ade20k")
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "head_variants"}))
+    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
+    assert json.loads(path.read_text())["head_variants"] == {
+        "RaptorForImageClassification": ["teacher"],
+        "RaptorForSemanticSegmentation": ["ade20k"],
+        "RaptorForDepthEstimation": ["nyu"],
+    }
+
+
+def test_heads_on_another_backbone_than_their_own_are_stale(classifier, tmp_path):
+    save_head(with_backbone_of(classifier, RaptorForDepthEstimation), tmp_path, "nyu")
+    assert stale_heads(tmp_path) == []
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert stale_heads(tmp_path) == ["nyu", "teacher"]
+
+
+def test_a_backbone_has_one_fingerprint_with_and_without_a_head(classifier, tmp_path):
+    classifier.raptor.save_pretrained(tmp_path / "alone")
+    assert backbone_fingerprint(tmp_path / "alone") == backbone_fingerprint(tmp_path)
+    assert backbone_fingerprint(tmp_path) != fingerprint_tensors(classifier.state_dict())
+
+
+def test_names_of_more_than_ten_classes_are_written_in_the_order_of_their_ids(tmp_path):
+    names = dict(enumerate("abcdefghijkl"))
+    model = tiny_model(
+        RaptorForImageClassification,
+        num_labels=12,
+        id2label=names,
+        label2id={name: index for index, name in names.items()},
+    )
+    model.base_model.save_pretrained(tmp_path)
+    save_head(model, tmp_path, "letters")
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert list(config["id2label"]) == [str(index) for index in range(12)]
+    assert list(config["id2label"].values()) == list("abcdefghijkl") == list(config["label2id"])
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", "a b", ".hidden", "x" * 101])
+def test_impossible_names_of_heads_are_refused_before_a_head_is_there(name):
+    with pytest.raises(ValueError, match="variant is .*letters, digits"):
+        check_variant(name)
+    check_variant("imagenet-1k.v2_a")

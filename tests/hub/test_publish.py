@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from raptor_hf.configuration_raptor import AUTO_MAP
+from raptor_hf.hub import publication
 from raptor_hf.hub.heads import list_heads
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.modeling_raptor import CODE_FILES, RaptorBackbone
@@ -254,7 +255,7 @@ def test_a_failure_of_work_done_here_keeps_its_traceback(shared_run, run_publish
     def broken(folder):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(publish, "check_weights", broken)
+    monkeypatch.setattr(publication, "check_weights", broken)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         run_publish(shared_run, "--dry-run")
 
@@ -349,9 +350,9 @@ def test_the_name_and_the_text_of_an_unusual_licence_are_the_teachers(tmp_path):
     names = {"license": "other", "license_name": "deep-lake", "license_link": "LICENSE"}
     (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump(names) + "---\n")
     link = "https://huggingface.co/meta/teacher/blob/main/LICENSE"
-    assert publish.license_of(str(tmp_path), "meta/teacher") == names | {"license_link": link}
+    assert publication.license_of(str(tmp_path), "meta/teacher") == names | {"license_link": link}
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    assert publish.license_of(str(tmp_path), None) == {"license": "mit"}
+    assert publication.license_of(str(tmp_path), None) == {"license": "mit"}
 
 
 def test_a_card_that_the_hub_refuses_is_not_uploaded(hub, shared_run, run_publish):
