@@ -34,9 +34,10 @@ from raptor_hf.hub.teacher_card import make_teacher_card
 from raptor_hf.recipes.files import rename_over, write_text_atomically
 from raptor_hf.recipes.settings import RESOLVED_FILE, parse_settings, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
+from raptor_settings.resources import MODEL_CARDS
 from training.publish import Publication, is_hub_dataset, make_publication, read_json
 
-TEACHER_TEMPLATE = Path(__file__).parents[1] / "model_cards" / "teacher.md"
+TEACHER_TEMPLATE = MODEL_CARDS / "teacher.md"
 # of a teacher that was trained here from random weights
 OWN_LICENSE = "apache-2.0"
 BEGIN, END = "<!-- zoo: written by training/zoo.py -->", "<!-- end of zoo -->"
