@@ -13,11 +13,14 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from raptor_settings.probe import METRICS, PUBLISHED, Task
+from raptor_settings.resources import find_model
 
 from .accumulators import Accumulator
 from .conversion import load_meta_linear_head, student_from_teacher
@@ -33,7 +36,6 @@ from .modeling_raptor import (
 )
 from .teacher import load_teacher, untrained
 
-Task = Literal["image-classification", "semantic-segmentation", "depth-estimation"]
 TOP5_CLASSES = 6  # with fewer, every label is among the five highest scores
 
 
@@ -54,26 +56,12 @@ class Protocol:
     settings: Mapping[str, float | str]
 
 
-PROTOCOLS: dict[str, Protocol] = {
-    "image-classification": Protocol(
-        RaptorForImageClassification,
-        {"accuracy": True, "top5_accuracy": True},
-        {"epochs": 15, "batch_size": 512, "learning_rate": 1e-4, "weight_decay": 1e-2, "warmup_steps": 100}
-        | {"augment": "crop_flip"},
-    ),
-    "semantic-segmentation": Protocol(
-        RaptorForSemanticSegmentation,
-        {"mean_iou": True},
-        {"epochs": 10, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 1e-2, "warmup_steps": 0}
-        | {"image_size": 518, "augment": "none"},
-    ),
-    "depth-estimation": Protocol(
-        RaptorForDepthEstimation,
-        {"rmse": False, "abs_rel": False, "delta1": True},
-        {"epochs": 25, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-3, "warmup_steps": 0}
-        | {"augment": "none"},
-    ),
+HEADS = {
+    "image-classification": RaptorForImageClassification,
+    "semantic-segmentation": RaptorForSemanticSegmentation,
+    "depth-estimation": RaptorForDepthEstimation,
 }
+PROTOCOLS = {task: Protocol(head, METRICS[task], PUBLISHED[task]) for task, head in HEADS.items()}
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,7 @@ def load_backbone(
     layers = None if num_layers is None else tuple(range(1, num_layers + 1))
     if num_layers is not None and num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}; it must be at least 1")
-    local = Path(name_or_path)
+    local = Path(find_model(name_or_path))
     if variant is None and local.is_dir() and "teacher" in list_heads(local):
         variant = "teacher"  # the name that a student's own head gets when others join it
     teacher = load_teacher(name_or_path, revision=revision, layers=layers, variant=variant)

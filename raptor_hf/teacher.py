@@ -14,15 +14,15 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from raptor_settings.resources import find_model
 
 from .configuration_raptor import as_pair
 from .families import (
@@ -70,8 +70,8 @@ def load_teacher(
         ValueError: if the model is of no supported family, has no such layers, or its weights are incomplete or not
             finite.
     """
-    _check_exists(name_or_path)
-    config = AutoConfig.from_pretrained(name_or_path, revision=revision)
+    source = find_model(name_or_path)
+    config = AutoConfig.from_pretrained(source, revision=revision)
     check_family(config, str(name_or_path))
     # DeiT's with two heads ends in ForImageClassificationWithTeacher
     has_classifier = any("ForImageClassification" in name for name in config.architectures or ())
@@ -80,7 +80,7 @@ def load_teacher(
     options = {"attn_implementation": attn_implementation, "variant": variant}
     options = {name: value for name, value in options.items() if value is not None}
     model, info = auto_class.from_pretrained(
-        name_or_path, config=model_config, revision=revision, dtype=dtype, output_loading_info=True, **options
+        source, config=model_config, revision=revision, dtype=dtype, output_loading_info=True, **options
     )
     # transformers fills what is missing with random numbers
     family = FAMILIES[vision_config(config).model_type]
@@ -473,14 +473,3 @@ def macs(model: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
 
 def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _check_exists(name_or_path: str | os.PathLike[str]) -> None:
-    if Path(name_or_path).exists():
-        return
-    try:
-        validate_repo_id(name_or_path)
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"name_or_path={str(name_or_path)!r}: no such folder, and no repository on the Hub, owner/name"
-        ) from error

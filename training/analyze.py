@@ -9,6 +9,13 @@ perturbed, swapped, shortened and lengthened runs on some of them. Labels are us
 Students are compared with the first model, whose phases (or those given, or found) mark all figures.
 """
 
+from raptor_settings.analyze import AnalyzeSettings
+from raptor_settings.parse import parse_settings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(AnalyzeSettings)
+
 import dataclasses
 import itertools
 import logging
@@ -16,9 +23,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +38,6 @@ from raptor_hf.data.loaders import eval_loader
 from raptor_hf.dynamics.basins import Reservoir, class_angles, has_class_pairs, image_key
 from raptor_hf.dynamics.dmd import ContinuationExperiment, DMDAccumulator, DMDErrors, SpanOperator
 from raptor_hf.dynamics.extrapolation import DepthExtrapolation, EarlyExit
-from raptor_hf.dynamics.figures import STYLES
 from raptor_hf.dynamics.findings import Analysis, findings
 from raptor_hf.dynamics.interventions import EditExperiment, LayerEdit, Perturbation, layer_edits
 from raptor_hf.dynamics.motion import DynamicsAccumulator, speed_jumps
@@ -41,74 +46,14 @@ from raptor_hf.dynamics.report import Sample, summary_text, write_report
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import Partition, find_phases
 from raptor_hf.recipes.loop import describe_environment, warn_if_single_thread
-from raptor_hf.recipes.settings import parse_settings, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, load_teacher, untrained
 
 logger = logging.getLogger("analyze")
 
-
-@dataclass(frozen=True)
-class AnalyzeSettings:
-    """Settings of an analysis."""
-
-    # the models; the first is the reference of the others
-    model: str
-    dataset: str
-    output_dir: str
-    compare: list[str] = dataclasses.field(default_factory=list)
-    untrained: bool = False  # adds a randomly initialised model of the first one's configuration
-    names: list[str] | None = None  # in figures, of all models in this order
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # the images
-    split: str = "test"
-    dataset_config: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    num_images: int | None = None
-    batch_size: int = 64
-    # the phases: given, else those of the first student among the models, else num_blocks of them are found
-    block_repeats: list[int] | None = None
-    num_blocks: int = 3
-    # what is streamed over all images
-    rank_stride: int = 10  # ranks are those of one of so many images; on GPUs, slow at eigenvalues, better 64
-    reservoir_images: int = 300
-    dmd_ridge: float = 1e-4
-    dmd_rank: int | None = None
-    dmd_steps: int = 4
-    # the experiments on some of the images
-    intervention_images: int = 200
-    noise_sizes: list[float] = dataclasses.field(default_factory=lambda: [0.03, 0.1, 0.3, 1.0])
-    max_edited: int = 3  # layers replaced, or pairs swapped, at a time
-    max_single_edits: int | None = None  # of each kind; None takes all
-    edits_per_seed: int = 5  # of each kind and number above 1
-    edit_seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
-    depth_factor: float = 2.0  # the most steps, in units of the trained number
-    exit_thresholds: list[float] = dataclasses.field(
-        default_factory=lambda: [0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0]
-    )
-    # the rest
-    time_repeats: int = 7  # of the cost of the analysis against the forward pass; 0 leaves it out
-    num_workers: int = 0
-    max_decode_failures: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        zero = {"time_repeats", "num_workers", "max_decode_failures", "seed", "dmd_ridge"}
-        for name, value in settings_to_dict(self).items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                # written so that NaN does not pass
-                if not (value >= 0 if name in zero else value > 0):
-                    raise ValueError(f"{name} is {value}; it must be {'at least' if name in zero else 'above'} 0")
-        for name in ("noise_sizes", "exit_thresholds", "edit_seeds"):
-            values = getattr(self, name)
-            if not values or (name != "edit_seeds" and min(values) <= 0):
-                raise ValueError(f"{name} is {values}; it must be one or more numbers above 0")
-        count = 1 + len(self.compare) + self.untrained
-        if self.names is not None and (len(self.names) != count or len(set(self.names)) < count):
-            raise ValueError(f"names is {self.names}; it must be {count} different names, one per model")
-        if count > len(STYLES):
-            raise ValueError(f"{count} models are too many for one figure; {len(STYLES)} are the most")
+# angular speeds, in radians per step, and second differences at which a run may end early
+EXIT_THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
 def main() -> None:
@@ -167,8 +112,7 @@ def check_output(folder: Path) -> None:
 
 def open_models(settings: AnalyzeSettings, device: torch.device) -> dict[str, Teacher]:
     """The models by name, in the order of the figures."""
-    dtype = getattr(torch, settings.dtype)
-    models = [load_teacher(name, dtype=dtype, device=device) for name in (settings.model, *settings.compare)]
+    models = [load_teacher(name, device=device) for name in (settings.model, *settings.compare)]
     if settings.untrained:
         models.append(untrained(models[0], settings.seed, with_classifier=True))
     for model in models[1:]:
@@ -246,7 +190,7 @@ class Experiments:
         layers = range(model.num_layers)
         most = max(model.num_layers, round(s.depth_factor * model.num_layers))
         spread = sorted({max(1, round(model.num_layers * f)) for f in (0.5, 0.75, 1, 1.5, s.depth_factor)})
-        self.errors = DMDErrors(operators, model.tokens, s.dmd_steps)
+        self.errors = DMDErrors(operators, model.tokens)
         self.continuation = ContinuationExperiment(model, operators)
         self.perturbation = Perturbation(model, s.noise_sizes, layers, s.seed)
         self.edits = EditExperiment(model, edits)
@@ -254,7 +198,7 @@ class Experiments:
             DepthExtrapolation(model, range(1, most + 1), "hold"),
             DepthExtrapolation(model, spread, "spread"),
         ]
-        self.exits = [EarlyExit(model, s.exit_thresholds, rule) for rule in ("angular_speed", "second_difference")]
+        self.exits = [EarlyExit(model, EXIT_THRESHOLDS, rule) for rule in ("angular_speed", "second_difference")]
 
     def update(self, states: Tensor, final: Tensor, names: Sequence[str], labels: Tensor | None) -> None:
         held_out = states[~fitted(names)]
@@ -307,12 +251,10 @@ class Study:
             num_processes=self.accelerator.num_processes,
             num_workers=self.settings.num_workers,
             limit=min((n for n in (limit, self.settings.num_images) if n is not None), default=None),
-            max_failures=self.settings.max_decode_failures,
         )
-        dtype = getattr(torch, self.settings.dtype)
         for batch in tqdm(loader, title, disable=not self.accelerator.is_main_process, leave=False):
             labels = batch["labels"].to(self.accelerator.device) if "labels" in batch else None
-            yield batch["pixel_values"].to(self.accelerator.device, dtype), batch["names"], labels
+            yield batch["pixel_values"].to(self.accelerator.device), batch["names"], labels
 
     def reduce(self, accumulators: Sequence[Accumulator]) -> None:
         """Adds up the sums of all processes."""
@@ -372,7 +314,7 @@ class Study:
         edits = self.edits()
         self.experiments = {}
         for name, model in self.models.items():
-            operators = self.streams[name].dmd.fit(self.settings.dmd_ridge, self.settings.dmd_rank)
+            operators = self.streams[name].dmd.fit(rank=self.settings.dmd_rank)
             self.experiments[name] = Experiments(model, operators, edits, self.settings)
         for pixel_values, names, labels in self.batches("experiments", self.settings.intervention_images):
             reference_states = self.reference.trajectory(pixel_values)

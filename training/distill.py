@@ -7,6 +7,13 @@ Every setting is a key of the YAML file and a flag of the same name. The same co
 last checkpoint and ends with the weights of a run that never stopped. What a run costs and gives stands in its config.
 """
 
+from raptor_settings.distill import DistillSettings
+from raptor_settings.parse import parse_settings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(DistillSettings)
+
 import contextlib
 import functools
 import logging
@@ -27,7 +34,6 @@ from tqdm import tqdm
 from raptor_hf import figures
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
-from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.distillation.student import block_parameters, choose_partition, make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
@@ -45,7 +51,7 @@ from raptor_hf.recipes.loop import (
     warn_if_single_thread,
 )
 from raptor_hf.recipes.optimizers import check_optimizer, make_optimizer
-from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 

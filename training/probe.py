@@ -10,11 +10,17 @@ optimization are the published ones of the task unless given. The same command, 
 checkpoint. What a probe costs and gives stands in its config.
 """
 
+from raptor_settings.parse import parse_settings
+from raptor_settings.probe import ProbeSettings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(ProbeSettings)
+
 import copy
 import functools
 import json
 import logging
-import math
 import operator
 import shlex
 import statistics
@@ -23,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -52,7 +58,6 @@ from raptor_hf.probing import (
     FeatureBank,
     Probe,
     ProbeMetric,
-    Task,
     bank_bytes,
     initialize_head,
     load_backbone,
@@ -68,102 +73,10 @@ from raptor_hf.recipes.loop import (
     describe_environment,
     warn_if_single_thread,
 )
-from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import count_parameters, macs
 
 logger = logging.getLogger("probe")
-
-
-@dataclass(frozen=True)
-class ProbeSettings:
-    """Settings of a probe; None among those of the optimization is the published value of the task."""
-
-    # the backbone and the head
-    model: str
-    task: Task
-    dataset: str
-    variant: str  # name of the head in the model's folder
-    output_dir: str
-    model_revision: str | None = None
-    num_layers: int | None = None  # of a teacher, the first ones; a compression baseline
-    reinitialize: bool = False  # a teacher's weights, to see what training gave it
-    metric: str | None = None  # the one that counts, and picks the best epoch
-    init_head: str | None = None  # "own" classifier, another variant, or a file in Meta's format
-    # the images
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    train_split: str = "train"
-    test_split: str = "validation"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int | None = None
-    augment: Literal["none", "crop_flip"] | None = None
-    # masks: how many classes, and which label has none, where the data set does not tell
-    num_classes: int | None = None
-    ignore_label: int | None = None
-    # depth, in metres
-    depth_unit: float | None = None
-    num_depth_bins: int = 256
-    min_depth: float = 1e-3
-    max_depth: float = 10.0
-    eigen_crop: bool = False
-    # the training
-    epochs: int | None = None
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    final_learning_rate: float = 0.0
-    warmup_steps: int | None = None
-    weight_decay: float | None = None
-    max_grad_norm: float = 1.0
-    # also k-NN and logistic regression
-    quick_checks: bool = False
-    knn_k: int = 20
-    # the machine
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    num_workers: int = 0
-    cache_gb: float = 4.0  # features are kept in memory up to this size
-    seeds: list[int] | None = None
-    # the run
-    eval_batch_size: int = 64
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    max_nonfinite_steps: int = 0
-    max_decode_failures: int = 100
-    tracker: str | None = None
-    override: bool = False
-
-    def __post_init__(self) -> None:
-        metrics = PROTOCOLS[self.task].metrics
-        for name, value in {"seeds": [0], "metric": next(iter(metrics)), **PROTOCOLS[self.task].settings}.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        positive = {"epochs", "batch_size", "learning_rate", "max_grad_norm", "eval_batch_size", "log_every"}
-        positive |= {"checkpoint_every", "keep_checkpoints", "knn_k", "image_size", "num_layers", "depth_unit"}
-        positive |= {"num_classes", "num_depth_bins", "min_depth", "max_depth"}
-        for name, value in settings_to_dict(self).items():
-            if isinstance(value, int | float) and not (value > 0 if name in positive else value >= 0):
-                raise ValueError(f"{name} is {value}; it must be {'above' if name in positive else 'at least'} 0")
-        if math.isinf(self.learning_rate):
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be finite")
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise ValueError(f"seeds is {self.seeds}; it must hold numbers from 0 on, each once")
-        is_classification = self.task == "image-classification"
-        if self.metric not in metrics:
-            raise ValueError(f"metric is {self.metric!r}; those of {self.task} are {', '.join(metrics)}")
-        if self.variant == "teacher":
-            raise ValueError("variant is 'teacher', the name of the classifier that a student has of its teacher")
-        if self.quick_checks and self.augment != "none":
-            raise ValueError("quick_checks need features that are computed once; set augment to none")
-        if self.eigen_crop and self.task != "depth-estimation":
-            raise ValueError(f"eigen_crop goes with depth-estimation, not with {self.task}")
-        if self.image_size is not None and self.task == "depth-estimation":
-            raise ValueError("image_size is for the other tasks; depth is estimated at the size of the images")
-        for name in ("init_head", "quick_checks"):
-            if getattr(self, name) and not is_classification:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it goes with image-classification only")
-        if self.augment != "none" and not is_classification:
-            raise ValueError(f"augment is {self.augment!r}; the published protocol of {self.task} has none")
 
 
 def main() -> None:

@@ -10,13 +10,21 @@ The commit is the last request of all: before it the repository is what it was, 
 upload that was cut off goes on with the same command. It takes as long as the weights need to go up.
 """
 
+import sys
+
+from raptor_settings.parse import parse_settings
+from raptor_settings.publish import PublishSettings, with_folder_first
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(PublishSettings, with_folder_first(sys.argv[1:]))
+
 import contextlib
 import getpass
 import json
 import socket
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,48 +34,20 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 
 # HTTPError is what the client raises where there is no answer; the package it comes from differs between its versions
 from huggingface_hub.errors import (
-    HFValidationError,
     HTTPError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from raptor_hf import RaptorConfig
 from raptor_hf.hub.privacy import PrivateData
 from raptor_hf.hub.publication import Publication, is_published, make_publication
-from raptor_hf.recipes.settings import parse_settings, user_errors
+from raptor_hf.recipes.settings import user_errors
 
 # what a repository may hold before the first model comes
 WITHOUT_MODEL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md"}
-
-
-@dataclass(frozen=True)
-class PublishSettings:
-    """What is published, and where."""
-
-    run_folder: str
-    repo_id: str
-    private: bool = False
-    dry_run: bool = False
-    revision: str | None = None  # branch; made from main if there is none of that name
-    create_pr: bool = False
-    # what the card cannot know from the run
-    teacher_run: str | None = None  # folder whose metrics.json has the same probes of the teacher
-    base_model: str | None = None  # the teacher's name on the Hub, if the run had it from a folder
-    license: str | None = None  # the teacher's, unless given
-
-    def __post_init__(self) -> None:
-        if self.repo_id.count("/") != 1:
-            raise ValueError(f"repo_id is {self.repo_id!r}; it must be of the form ORG/NAME")
-        for field, name in (("repo_id", self.repo_id), ("base_model", self.base_model)):
-            try:
-                validate_repo_id(name or "none")
-            except HFValidationError as error:
-                raise ValueError(f"{field} is refused: {error}") from error
-        if not Path(self.run_folder).is_dir():
-            raise FileNotFoundError(f"run_folder is {self.run_folder!r}, which is not a folder")
 
 
 @dataclass(frozen=True)
@@ -107,11 +87,6 @@ def main() -> None:
             return
         with hub_errors(token):
             print(upload(api, settings, publication, target))
-
-
-def with_folder_first(argv: Sequence[str]) -> list[str]:
-    """The arguments with RUN_FOLDER, which comes first, as a flag like all others."""
-    return ["--run_folder", *argv] if argv and not argv[0].startswith("-") else list(argv)
 
 
 @contextlib.contextmanager

@@ -8,11 +8,17 @@ last checkpoint and ends with the weights of a run that never stopped. What a ru
 file. The result loads with `AutoModelForImageClassification.from_pretrained`, without this package.
 """
 
+from raptor_settings.parse import parse_settings
+from raptor_settings.teacher import TeacherSettings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(TeacherSettings)
+
 import logging
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,83 +42,10 @@ from raptor_hf.recipes.loop import (
     describe_environment,
     warn_if_single_thread,
 )
-from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import count_parameters
 
 logger = logging.getLogger("train_teacher")
-
-
-@dataclass(frozen=True)
-class TeacherSettings:
-    """Settings of a teacher's training; training/configs/ holds values that work."""
-
-    # the images
-    dataset: str
-    output_dir: str
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str | None = None
-    label_column: str | None = None
-    # the model
-    image_size: int = 32
-    patch_size: int = 4
-    hidden_size: int = 192
-    num_layers: int = 12
-    num_heads: int = 3
-    mlp_ratio: int = 4
-    num_registers: int = 4
-    layerscale_value: float = 1.0
-    drop_path_rate: float = 0.0
-    initializer_range: float = 0.02
-    # the training
-    steps: int = 10_000  # 0 saves the model as it is initialised
-    batch_size: int = 256
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 0.0
-    warmup_steps: int = 1000
-    beta2: float = 0.99
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    max_grad_norm: float = 1.0
-    # the augmentation
-    rotation_degrees: float = 0.0
-    translation: float = 0.0
-    max_scale: float = 1.0
-    horizontal_flip: bool = False
-    mixup_alpha: float = 0.0
-    # the machine
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    num_workers: int = 0
-    seed: int = 0
-    # the run
-    eval_every: int = 0
-    log_every: int = 100
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    max_nonfinite_steps: int = 0
-    max_decode_failures: int = 100
-    tracker: str | None = None
-    override: bool = False
-
-    def __post_init__(self) -> None:
-        positive = {"image_size", "patch_size", "hidden_size", "num_layers", "num_heads", "mlp_ratio"}
-        positive |= {"batch_size", "learning_rate", "max_grad_norm", "log_every", "checkpoint_every"}
-        positive |= {"keep_checkpoints", "initializer_range"}
-        for name, value in settings_to_dict(self).items():
-            if isinstance(value, int | float) and (value < 0 or (value == 0 and name in positive)):
-                raise ValueError(f"{name} is {value}; it must be {'above' if name in positive else 'at least'} 0")
-        for name in ("drop_path_rate", "beta2", "label_smoothing"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1")
-        if self.max_scale < 1:
-            raise ValueError(f"max_scale is {self.max_scale}; it must be at least 1 (images shrink by it, too)")
-        for name, divisor in (("image_size", "patch_size"), ("hidden_size", "num_heads")):
-            if getattr(self, name) % (value := getattr(self, divisor)):
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a multiple of {divisor}, {value}")
-        if 0 < self.steps <= self.warmup_steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below steps, {self.steps}")
 
 
 def main() -> None:

@@ -38,6 +38,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 # The top-level name raises ImportError without torchvision in transformers 5.17; this one works everywhere.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from raptor_settings.resources import find_model
+
 _SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
 
@@ -260,7 +262,7 @@ def load_image_processor(name_or_folder: str, revision: str | None = None) -> Ba
         FileNotFoundError: if there is none at that place.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_folder, revision=revision)
+        return AutoImageProcessor.from_pretrained(find_model(name_or_folder), revision=revision)
     except OSError as error:
         raise FileNotFoundError(
             f"no image processor at {name_or_folder!r}: a local folder needs preprocessor_config.json (written by "

@@ -9,12 +9,12 @@ stacks of low-rank factors, go under AdamW.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-OptimizerName = Literal["adamw", "muon"]
+from raptor_settings.distill import OptimizerName
 
 
 def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:

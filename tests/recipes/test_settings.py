@@ -174,7 +174,7 @@ def test_help_shows_meaning_and_the_files_value(config, capsys):
         parse(config("base_lr: 0.125"), "--help")
     shown = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "[CONFIG.yaml]" in shown and "learning rate after the warm-up (default: 0.125)" in shown
+    assert "[CONFIG.yaml]" in shown and "learning rate after the warm-up (default: 0.125, from config.yaml)" in shown
 
 
 def test_saved_settings_are_a_configuration_that_gives_the_same_settings(tmp_path):

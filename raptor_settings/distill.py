@@ -1,0 +1,227 @@
+"""The settings of a distillation: what training/distill.py takes from its YAML file and flags."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .declare import check_settings, setting
+
+OptimizerName = Literal["adamw", "muon"]
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Distil a teacher into a Raptor; schedule, optimizer and losses are the published ones (arXiv 2512.19941)."""
+
+    recipe: ClassVar[str] = "distill"
+    command: ClassVar[str] = "accelerate launch training/distill.py"
+    example: ClassVar[str] = "digits_k3 --stage2_steps 300"
+
+    teacher: str = setting(help="teacher, a folder or a name on the Hub", group="teacher")
+    dataset: str = setting(help="training and test images, a name on the Hub, a folder, or digits", group="images")
+    output_dir: str = setting(help="folder of the run: checkpoints, then the student", group="run")
+    teacher_revision: str | None = setting(None, help="branch, tag or commit of the teacher", group="teacher")
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", help="precision of the teacher's weights and states", group="teacher"
+    )
+    target_layers: list[int] | None = setting(
+        None,
+        help="layers of the teacher that the student has a step for, which makes it shallower; none takes all",
+        group="teacher",
+        at_least=1,
+        at_most=10_000,
+    )
+    dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
+    dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
+    train_split: str = setting("train", help="split that the student is trained on", group="images")
+    test_split: str = setting("test", help="split that the fidelity is measured on", group="images")
+    image_column: str | None = setting(None, help="column of the images; none finds it", group="images")
+    label_column: str | None = setting(None, help="column of the class labels; none finds it", group="images")
+    streaming: bool = setting(
+        False, help="read a data set of the Hub while training, without storing it", group="images"
+    )
+    block_repeats: list[int] | None = setting(
+        None,
+        help="steps of each block, if the phases are given",
+        group="phases",
+        unit="steps",
+        at_least=1,
+        at_most=10_000,
+    )
+    num_blocks: int | None = setting(
+        None,
+        help="number of phases to find in the teacher, each of which becomes a block",
+        group="phases",
+        at_most=10_000,
+    )
+    partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = setting(
+        "normalized", help="how the phases are found; the random ones are baselines", group="phases"
+    )
+    phase_images: int = setting(
+        10_000, help="training images that the phases are found on", group="phases", unit="images", above=0
+    )
+    num_bootstraps: int = setting(
+        100,
+        help="resamples of these images that tell how certain the phases are; 0 leaves it out",
+        group="phases",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    init: Literal["random", "first", "middle", "mean"] = setting(
+        "random", help="layer of its phase that a block starts from", group="student"
+    )
+    depth_conditioning: Literal["none", "scale", "embedding", "low_rank"] = setting(
+        "scale", help="how a block knows which step it takes", group="student"
+    )
+    conditioning_rank: int = setting(8, help="rank of low_rank conditioning", group="student", above=0, at_most=65_536)
+    ffn_type: Literal["mlp", "swiglu"] | None = setting(
+        None, help="kind of feed-forward network; none takes the teacher's", group="student"
+    )
+    intermediate_size: int | None = setting(
+        None,
+        help="width of the feed-forward network; none takes the teacher's",
+        group="student",
+        above=0,
+        at_most=1_048_576,
+    )
+    block_layer_norm_eps: float | None = setting(
+        None, help="epsilon of the blocks' layer norms; none takes the teacher's", group="student", above=0, at_most=1
+    )
+    stage1_steps: int = setting(
+        312_500, help="optimizer steps of stage 1, each block alone", group="training", unit="steps", at_least=0
+    )
+    stage2_steps: int = setting(
+        312_500, help="optimizer steps of stage 2, all blocks in sequence", group="training", unit="steps", at_least=0
+    )
+    batch_size: int = setting(
+        64,
+        help="images per optimizer step, of all processes together",
+        group="training",
+        unit="images",
+        above=0,
+        at_most=1_048_576,
+    )
+    optimizer: OptimizerName = setting(
+        "adamw", help="muon is for parameters of two dimensions, with AdamW for all others; no FSDP", group="training"
+    )
+    learning_rate: float = setting(3e-4, help="learning rate after the warm-up", group="training", above=0)
+    final_learning_rate: float = setting(
+        1e-6, help="learning rate at the end of each stage", group="training", at_least=0
+    )
+    warmup_steps: int = setting(
+        10_000,
+        help="steps over which the learning rate rises, in each stage",
+        group="training",
+        unit="steps",
+        at_least=0,
+    )
+    weight_decay: float = setting(1e-4, help="weight decay, decoupled", group="training", at_least=0)
+    max_grad_norm: float = setting(1.0, help="norm that gradients are clipped to", group="training", above=0)
+    teacher_forcing: Literal["anneal", "only", "none"] = setting(
+        "anneal",
+        help="whether steps of stage 1 start from the teacher's states: less and less, always, or never",
+        group="training",
+    )
+    anneal_fraction: float = setting(
+        0.25, help="part of stage 1 after which no teacher state is used, with anneal", group="training"
+    )
+    loss: Literal["mse", "frobenius"] = setting("mse", help="distance of student and teacher states", group="training")
+    normalize_loss: bool = setting(
+        False, help="divide the loss of each layer by the variance of the teacher's states there", group="training"
+    )
+    cls_weighting: bool = setting(
+        True, help="weight cls, registers and patches; otherwise all tokens count alike", group="training"
+    )
+    stage1_weights: list[float] | None = setting(
+        None, help="weights of cls, registers and patches in stage 1; none takes 0.34 0.33 0.33", group="training"
+    )
+    stage2_weights: list[float] | None = setting(
+        None, help="weights of cls, registers and patches in stage 2; none takes 0.45 0.10 0.45", group="training"
+    )
+    horizon: int | None = setting(
+        None,
+        help="steps of stage 2 from a teacher state before the next one; none runs through all layers",
+        group="training",
+        unit="steps",
+        above=0,
+    )
+    input_noise: float = setting(
+        0.0,
+        help="standard deviation of the noise on the states that a step starts from, relative to theirs",
+        group="training",
+        at_least=0,
+    )
+    train_block: int | None = setting(
+        None, help="index of the only block to train, in stage 1, counted from 0; none trains all", group="training"
+    )
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
+        None, help="precision of the student's arithmetic; none takes accelerate's setting", group="machine"
+    )
+    gradient_accumulation_steps: int = setting(
+        1, help="parts that a batch is divided into to save memory", group="machine", above=0, at_most=1_048_576
+    )
+    gradient_checkpointing: bool = setting(False, help="save memory by computing activations twice", group="machine")
+    compile: bool = setting(False, help="compile the blocks", group="machine")
+    num_workers: int = setting(
+        0, help="processes that read images, for each training process", group="machine", at_least=0, at_most=1024
+    )
+    seed: int = setting(0, help="seed of weights, order of images and noise", group="run", at_least=0, below=2**32)
+    eval_batch_size: int = setting(
+        64,
+        help="images per evaluation batch, of all processes together",
+        group="run",
+        unit="images",
+        above=0,
+        at_most=1_048_576,
+    )
+    eval_images: int | None = setting(
+        None, help="test images of an evaluation; none takes all", group="run", unit="images", above=0
+    )
+    eval_every: int = setting(
+        0, help="steps between evaluations; 0 evaluates at the end only", group="run", unit="steps", at_least=0
+    )
+    log_every: int = setting(100, help="steps between log lines", group="run", unit="steps", above=0)
+    checkpoint_every: int = setting(1000, help="steps between checkpoints", group="run", unit="steps", above=0)
+    keep_checkpoints: int = setting(2, help="checkpoints that are kept", group="run", above=0)
+    max_nonfinite_steps: int = setting(
+        0,
+        help="steps without finite loss and gradients that are skipped before the run stops",
+        group="run",
+        unit="steps",
+        at_least=0,
+    )
+    max_decode_failures: int = setting(
+        100,
+        help="unreadable images that a process tolerates before the run stops",
+        group="run",
+        unit="images",
+        at_least=0,
+    )
+    tracker: str | None = setting(None, help="accelerate tracker to log to, such as tensorboard", group="run")
+    override: bool = setting(False, help="take output_dir even if it holds another run", group="run")
+
+    def __post_init__(self) -> None:
+        if self.block_repeats is None and self.num_blocks is None:
+            raise ValueError("give block_repeats (steps per block), or num_blocks to have the phases found")
+        if None not in (self.block_repeats, self.num_blocks) and len(self.block_repeats) != self.num_blocks:
+            raise ValueError(
+                f"block_repeats is {self.block_repeats}, but num_blocks is {self.num_blocks}; give one of them"
+            )
+        if self.target_layers is not None and self.block_repeats is None:
+            raise ValueError("phases are found in all layers; with target_layers give block_repeats")
+        if self.block_repeats is not None and min(self.block_repeats, default=0) < 1:
+            raise ValueError(f"block_repeats is {self.block_repeats}; it must be one or more numbers above 0")
+        check_settings(self)
+        for name in ("stage1_weights", "stage2_weights"):
+            weights = getattr(self, name)
+            if weights is not None and not (len(weights) == 3 and min(weights) >= 0 and 0 < sum(weights) < math.inf):
+                raise ValueError(f"{name} is {weights}; it must be three weights, of cls, registers and patches")
+        if self.stage1_steps + self.stage2_steps == 0:
+            raise ValueError("stage1_steps and stage2_steps are both 0; there is nothing to train")
+        for name in ("stage1_steps", "stage2_steps"):
+            if 0 < getattr(self, name) <= self.warmup_steps:
+                raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below {name}, {getattr(self, name)}")
+        if not 0 <= self.anneal_fraction <= 1:
+            raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
+        if self.train_block is not None and self.stage2_steps:
+            raise ValueError("train_block trains one block in stage 1; it needs stage2_steps 0")

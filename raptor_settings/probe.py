@@ -1,0 +1,183 @@
+"""The settings of a probe, and what the paper sets for each task."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .declare import check_settings, setting
+
+Task = Literal["image-classification", "semantic-segmentation", "depth-estimation"]
+# what is measured, as the task's accumulator names it, and whether more of it is better; the published number first
+METRICS: dict[str, Mapping[str, bool]] = {
+    "image-classification": {"accuracy": True, "top5_accuracy": True},
+    "semantic-segmentation": {"mean_iou": True},
+    "depth-estimation": {"rmse": False, "abs_rel": False, "delta1": True},
+}
+# image_size, in pixels, where it is not the model's own
+PUBLISHED: dict[str, Mapping[str, float | str]] = {
+    "image-classification": {"epochs": 15, "batch_size": 512, "learning_rate": 1e-4, "weight_decay": 1e-2}
+    | {"warmup_steps": 100, "augment": "crop_flip"},
+    "semantic-segmentation": {"epochs": 10, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 1e-2}
+    | {"warmup_steps": 0, "image_size": 518, "augment": "none"},
+    "depth-estimation": {"epochs": 25, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-3}
+    | {"warmup_steps": 0, "augment": "none"},
+}
+_PUBLISHED = "; none takes the published value of the task"
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """Train a linear head on a frozen backbone, report its metric and save it as a variant of the model."""
+
+    recipe: ClassVar[str] = "probe"
+    command: ClassVar[str] = "accelerate launch training/probe.py"
+    example: ClassVar[str] = "digits --model runs/digits_k3"
+
+    model: str = setting(help="student or teacher, a folder or a name on the Hub", group="teacher")
+    task: Task = setting(help="what the head is for", group="student")
+    dataset: str = setting(help="images with their truth, a name on the Hub or a folder", group="images")
+    variant: str = setting(help="name of the head in the model's folder", group="student")
+    output_dir: str = setting(help="folder of the run", group="run")
+    model_revision: str | None = setting(None, help="branch, tag or commit of the model", group="teacher")
+    num_layers: int | None = setting(
+        None,
+        help="first layers of a teacher that are kept, a compression baseline; none keeps all",
+        group="teacher",
+        above=0,
+    )
+    reinitialize: bool = setting(
+        False, help="give a teacher random weights, to measure what training gave it", group="teacher"
+    )
+    metric: str | None = setting(
+        None, help="metric that counts and picks the best epoch; none takes the published one", group="training"
+    )
+    init_head: str | None = setting(
+        None, help="start from the model's own classifier, another variant, or a file in Meta's format", group="student"
+    )
+    dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
+    dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
+    train_split: str = setting("train", help="split that the head is trained on", group="images")
+    test_split: str = setting("validation", help="split that the metric is measured on", group="images")
+    image_column: str | None = setting(None, help="column of the images; none finds it", group="images")
+    label_column: str | None = setting(None, help="column of the truth; none finds it", group="images")
+    image_size: int | None = setting(
+        None,
+        help="side of the images after processing" + _PUBLISHED,
+        group="images",
+        unit="pixels",
+        above=0,
+        at_most=16_384,
+    )
+    augment: Literal["none", "crop_flip"] | None = setting(
+        None, help="random changes of the training images" + _PUBLISHED, group="images"
+    )
+    num_classes: int | None = setting(
+        None, help="classes of masks, where the data set does not tell", group="images", above=0, at_most=100_000
+    )
+    ignore_label: int | None = setting(
+        None, help="label of pixels without a class, where the data set does not tell", group="images", at_least=0
+    )
+    depth_unit: float | None = setting(
+        None,
+        help="metres of one unit of stored depth, where the data set does not tell",
+        group="images",
+        unit="metres",
+        above=0,
+    )
+    num_depth_bins: int = setting(256, help="bins of the depth head", group="student", above=0, at_most=65_536)
+    min_depth: float = setting(1e-3, help="smallest depth of the head", group="student", unit="metres", above=0)
+    max_depth: float = setting(10.0, help="largest depth of the head", group="student", unit="metres", above=0)
+    eigen_crop: bool = setting(False, help="measure depth in the Eigen crop of NYU images", group="images")
+    epochs: int | None = setting(
+        None,
+        help="passes over the training images" + _PUBLISHED,
+        group="training",
+        unit="epochs",
+        above=0,
+        at_most=1_000_000,
+    )
+    batch_size: int | None = setting(
+        None,
+        help="images per step, of all processes together" + _PUBLISHED,
+        group="training",
+        unit="images",
+        above=0,
+        at_most=1_048_576,
+    )
+    learning_rate: float | None = setting(
+        None, help="learning rate after the warm-up" + _PUBLISHED, group="training", above=0
+    )
+    final_learning_rate: float = setting(0.0, help="learning rate at the end", group="training", at_least=0)
+    warmup_steps: int | None = setting(
+        None, help="steps over which the learning rate rises" + _PUBLISHED, group="training", unit="steps", at_least=0
+    )
+    weight_decay: float | None = setting(
+        None, help="weight decay, decoupled" + _PUBLISHED, group="training", at_least=0
+    )
+    max_grad_norm: float = setting(1.0, help="norm that gradients are clipped to", group="training", above=0)
+    quick_checks: bool = setting(False, help="also fit k-NN and logistic regression to the features", group="training")
+    knn_k: int = setting(20, help="neighbours of the k-NN", group="training", above=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
+        None, help="precision of the backbone's arithmetic; none takes accelerate's setting", group="machine"
+    )
+    num_workers: int = setting(
+        0, help="processes that read images, for each training process", group="machine", at_least=0, at_most=1024
+    )
+    cache_gb: float = setting(
+        4.0, help="size up to which features are kept in memory", group="machine", unit="GB", at_least=0
+    )
+    seeds: list[int] | None = setting(
+        None, help="seeds of the heads, of which one is trained each; none takes 0", group="run", below=2**32
+    )
+    eval_batch_size: int = setting(
+        64,
+        help="images per evaluation batch, of all processes together",
+        group="run",
+        unit="images",
+        above=0,
+        at_most=1_048_576,
+    )
+    log_every: int = setting(100, help="steps between log lines", group="run", unit="steps", above=0)
+    checkpoint_every: int = setting(1000, help="steps between checkpoints", group="run", unit="steps", above=0)
+    keep_checkpoints: int = setting(2, help="checkpoints that are kept", group="run", above=0)
+    max_nonfinite_steps: int = setting(
+        0,
+        help="steps without finite loss and gradients that are skipped before the run stops",
+        group="run",
+        unit="steps",
+        at_least=0,
+    )
+    max_decode_failures: int = setting(
+        100,
+        help="unreadable images that a process tolerates before the run stops",
+        group="run",
+        unit="images",
+        at_least=0,
+    )
+    tracker: str | None = setting(None, help="accelerate tracker to log to, such as tensorboard", group="run")
+    override: bool = setting(False, help="take output_dir even if it holds another run", group="run")
+
+    def __post_init__(self) -> None:
+        metrics = METRICS[self.task]
+        for name, value in {"seeds": [0], "metric": next(iter(metrics)), **PUBLISHED[self.task]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
+            raise ValueError(f"seeds is {self.seeds}; it must hold numbers from 0 on, each once")
+        check_settings(self)
+        is_classification = self.task == "image-classification"
+        if self.metric not in metrics:
+            raise ValueError(f"metric is {self.metric!r}; those of {self.task} are {', '.join(metrics)}")
+        if self.variant == "teacher":
+            raise ValueError("variant is 'teacher', the name of the classifier that a student has of its teacher")
+        if self.quick_checks and self.augment != "none":
+            raise ValueError("quick_checks need features that are computed once; set augment to none")
+        if self.eigen_crop and self.task != "depth-estimation":
+            raise ValueError(f"eigen_crop goes with depth-estimation, not with {self.task}")
+        if self.image_size is not None and self.task == "depth-estimation":
+            raise ValueError("image_size is for the other tasks; depth is estimated at the size of the images")
+        for name in ("init_head", "quick_checks"):
+            if getattr(self, name) and not is_classification:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it goes with image-classification only")
+        if self.augment != "none" and not is_classification:
+            raise ValueError(f"augment is {self.augment!r}; the published protocol of {self.task} has none")
