@@ -7,8 +7,14 @@ Costs seconds on a CPU. The page needs neither network nor server. Without --stu
 --images some of the embedded digits.
 """
 
+from raptor_settings.explore import ExploreSettings
+from raptor_settings.parse import parse_settings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(ExploreSettings)
+
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,30 +25,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from raptor_hf.data.images import check_image_size, load_image_processor, open_images
 from raptor_hf.dynamics.explorer import explore
 from raptor_hf.recipes.files import write_text_atomically
-from raptor_hf.recipes.settings import parse_settings, user_errors
+from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import load_teacher
 
 logger = logging.getLogger("explore")
-
-
-@dataclass(frozen=True)
-class ExploreSettings:
-    """Settings of the page."""
-
-    teacher: str
-    student: str | None = None
-    images: list[str] | None = None  # photographs; None takes some of the embedded digits
-    output: str = "explore.html"
-    num_blocks: int = 3  # phases to find where there is no student
-    image_size: int | None = None  # side in pixels; None is the processor's
-
-    def __post_init__(self) -> None:
-        if self.num_blocks < 1:
-            raise ValueError(f"num_blocks is {self.num_blocks}; it must be at least 1")
-        if self.images is not None and not self.images:
-            raise ValueError("images is empty; it must be one or more photographs")
-        if Path(self.output).suffix != ".html":
-            raise ValueError(f"output is {self.output!r}; it must end in .html")
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from ..metrics import FidelityAccumulator
 from ..phases import Partition, find_phases
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
-from .motion import angle, directions, token_groups
+from .motion import angle, directions
 
 # a patch has settled where its direction stays within this angle of its last one, in degrees
 SETTLED = 30.0
@@ -75,8 +75,8 @@ def explore(
         raise ValueError(f"teacher and student have {shapes}; give a student of this teacher")
     patch_height, patch_width = as_pair(teacher.patch_size)
     grid = pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width
-    first, num_layers = teacher.num_prefix_tokens, teacher.num_layers
-    similarity = SimilarityAccumulator(num_layers, teacher.num_registers, has_cls=teacher.has_cls)
+    first, num_layers = teacher.tokens.num_prefix_tokens, teacher.num_layers
+    similarity = SimilarityAccumulator(num_layers, teacher.tokens)
     similarity.update(trajectories[0])
     distance = similarity.compute()
     if partition is None:
@@ -91,7 +91,7 @@ def explore(
         "blocks": [list(layers) for layers in partition.blocks],
         "distance": np.round(distance, 3).tolist(),
         "settledAngle": SETTLED,
-        "groups": list(token_groups(teacher.num_registers, teacher.has_cls)),
+        "groups": list(teacher.tokens.slices),
         "prefix": first,
         "r2": None if student is None else fidelity_of(teacher, trajectories),
         "photographs": [],
@@ -129,7 +129,9 @@ def cls_attention(model: Teacher, pixel_values: Tensor) -> Tensor | None:
     if not attentions or attentions[0] is None:
         return None
     chosen = [attentions[layer - 1] for layer in model.layers]
-    return torch.stack([weights[:, :, 0, model.num_prefix_tokens :].float().mean(1).cpu() for weights in chosen], 1)
+    return torch.stack(
+        [weights[:, :, 0, model.tokens.num_prefix_tokens :].float().mean(1).cpu() for weights in chosen], 1
+    )
 
 
 def feature_colours(patches: Sequence[Tensor]) -> list[Tensor]:
@@ -205,14 +207,14 @@ def settled_at(states: Tensor) -> Tensor:
 
 def fidelity_of(teacher: Teacher, trajectories: Sequence[Tensor]) -> list[float]:
     """R² of the student's state after every step, (L,), on these photographs."""
-    fidelity = FidelityAccumulator(teacher.num_layers, teacher.num_registers, teacher.has_cls)
+    fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens)
     fidelity.update(*trajectories)
     return np.round(fidelity.compute().r2.numpy(), 4).tolist()
 
 
 def by_group(values: Tensor, teacher: Teacher) -> dict[str, list[float]]:
     """Mean over the tokens of each group, of values (steps, T)."""
-    groups = token_groups(teacher.num_registers, teacher.has_cls)
+    groups = teacher.tokens.slices
     return {name: np.round(values[:, tokens].mean(1).numpy(), 3).tolist() for name, tokens in groups.items()}
 
 

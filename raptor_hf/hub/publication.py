@@ -17,6 +17,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, StrictDataclassError
+from raptor_settings.resources import find_path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -233,7 +234,7 @@ def is_hub_dataset(name: str) -> bool:
 
 def license_of(teacher: str, base_model: str | None) -> dict[str, str]:
     """The licence in the teacher's card, which the weights made from it come under, as `make_card` takes it."""
-    path, data = Path(teacher) / "README.md", None
+    path, data = find_path(teacher) / "README.md", None
     if path.is_file():
         data = ModelCard.load(path).data
     elif base_model is not None:

@@ -53,7 +53,7 @@ def test_the_page_holds_every_step_of_both_models(models, page):
         for model, shown in zip(models, photograph["models"], strict=True):
             assert len(base64.b64decode(shown["colours"])) == (NUM_LAYERS + 1) * rows * columns * 3
             attention = torch.stack(model(pixel_values, output_attentions=True).attentions, 1)[index, :, :, 0]
-            first = model.num_prefix_tokens
+            first = model.tokens.num_prefix_tokens
             strongest = np.frombuffer(base64.b64decode(shown["attention"]), np.uint8).reshape(NUM_LAYERS, -1).argmax(1)
             assert strongest.tolist() == attention.mean(1)[:, first:].argmax(1).tolist()
             assert [len(values) for values in shown["speed"].values()] == [NUM_LAYERS] * len(content["groups"])

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _HERE = Path(__file__).resolve().parents[1]
-# a wheel has these folders inside of raptor_hf, a clone beside it
-_ROOT = _HERE / "raptor_hf" if (_HERE / "raptor_hf" / "training").is_dir() else _HERE
+# a clone has this package in training/, and training/ at its top; a wheel has both beside or inside of raptor_hf
+_ROOT = _HERE.parent if _HERE.name == "training" else _HERE / "raptor_hf"
 TRAINING = _ROOT / "training"
 CONFIGS = TRAINING / "configs"
 MODEL_CARDS = _ROOT / "model_cards"

@@ -25,6 +25,7 @@ RECIPES = {
     "analyze": ("analyze", "analyze", "AnalyzeSettings"),
     "train_teacher": ("train_teacher", "teacher", "TeacherSettings"),
     "publish": ("publish", "publish", "PublishSettings"),
+    "explore": ("explore", "explore", "ExploreSettings"),
 }
 
 
@@ -42,7 +43,7 @@ def main() -> None:
     module = importlib.import_module(f"raptor_settings.{module}")
     flags = module.with_folder_first(argv) if recipe == "publish" else argv
     parse_settings(getattr(module, name), flags, command=f"raptor {recipe}")
-    raise SystemExit(launch(TRAINING / f"{script}.py", argv, one_process=recipe == "publish"))
+    raise SystemExit(launch(TRAINING / f"{script}.py", argv, one_process=recipe in ("publish", "explore")))
 
 
 def launch(script: Path, argv: list[str], *, one_process: bool = False) -> int:
