@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 
 from raptor_hf import RaptorBackbone, RaptorForImageClassification, RaptorModel
 from raptor_hf.modeling_raptor import RaptorDropPath
-from tests.support.reference_block import reference_states
+from tests.support.minimal_student import reference_states
 from tests.support.tiny_raptors import (
     ALL_CLASSES,
     HEADS,

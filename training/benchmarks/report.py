@@ -249,7 +249,7 @@ def training_part(record: dict[str, Any]) -> list[str]:
     titles.append("difference of losses")
     parts = [
         "## Training step",
-        "One step with the teacher online, against the plain loop of reference_loop.py, always in fp32. "
+        "One step with the teacher online, against the plain loop of training/raptor_minimal.py, always in fp32. "
         "MFU is FLOPs of matrix products over the peak measured in the same run at the same precision. Beside the "
         "time of ours is the least that its FLOPs take at that peak, and that writing and reading its saved "
         f"activations takes at {record['memory_bandwidth'] / 1e9:.0f} GB/s, the speed of a large copy. In stage 1 "

@@ -1,4 +1,4 @@
-"""Training steps: this package beside the plain loop of reference_loop.py, at equal mathematics, weights and images.
+"""Training steps: this package beside the plain loop of raptor_minimal.py, at equal mathematics, weights and images.
 
 Both sides run the teacher once per step, transformers' own model, and take one optimizer step; in stage 1 the reference
 goes from block to block. benchmark.py calls this file and writes what it finds.
@@ -6,6 +6,7 @@ goes from block to block. benchmark.py calls this file and writes what it finds.
 
 import gc
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,10 +21,12 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from raptor_hf.conversion import student_from_teacher
 from raptor_hf.distillation.student import block_parameters
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss
+from raptor_hf.modeling_raptor import RaptorModel
+from raptor_hf.research_checkpoints import BLOCK_NAMES, CONDITIONER_NAMES
 from raptor_hf.teacher import Teacher
+from training.raptor_minimal import Block, make_optimizer, stage1_loss, stage2_loss, take_step
 
 from .measuring import Comparison, alternate, count_flops, matmul_peak, peak_memory, saved_bytes
-from .reference_loop import ReferenceLoop
 
 SHAPES: dict[str, dict[str, int]] = {
     "digits": dict(hidden_size=96, num_attention_heads=3, image_size=8, patch_size=2, num_register_tokens=2),
@@ -74,24 +77,73 @@ class TrainingCase:
         return str(self.autocast or torch.float32).removeprefix("torch.")
 
 
+class MinimalLoop:
+    """The stages of raptor_minimal.py on blocks that start with a student's weights.
+
+    Args:
+        model: the student, with "scale" conditioning, contiguous phases and a cls token.
+        learning_rate: of AdamW.
+        stage: 1 or 2; in stage 1 each block has an optimizer of its own.
+        forcing: lambda, in stage 1.
+    """
+
+    def __init__(self, model: RaptorModel, learning_rate: float, stage: int, forcing: float = 0.0) -> None:
+        config = model.config
+        self.phases, self.num_registers, self.stage, self.forcing = (
+            config.block_layers,
+            config.num_register_tokens,
+            stage,
+            forcing,
+        )
+        sizes = config.hidden_size, config.num_attention_heads, config.intermediate_size, config.ffn_type
+        self.blocks = nn.ModuleList(Block(*sizes).to(model.device) for _ in self.phases)
+        for own, block, conditioner in zip(self.blocks, model.encoder.blocks, model.encoder.conditioners, strict=True):
+            weights, gains = block.state_dict(), conditioner.state_dict()
+            own.load_state_dict(
+                {name: weights[ours] for name, ours in BLOCK_NAMES.items()}
+                | {name: gains[ours] for name, ours in CONDITIONER_NAMES.items()}
+            )
+            own.norm1.eps = own.norm2.eps = config.block_layer_norm_eps
+        self.trained = [*self.blocks] if stage == 1 else [self.blocks]
+        self.optimizers = [make_optimizer(module, learning_rate) for module in self.trained]
+
+    def step(self, states: Sequence[Tensor]) -> float:
+        """Takes one step of every block, in stage 1 one after the other; the sum of the losses before it.
+
+        Args:
+            states: states 0..L of the teacher, each (B, T, D).
+        """
+        return sum(
+            take_step(loss(states), module, optimizer)
+            for loss, module, optimizer in zip(self.losses, self.trained, self.optimizers, strict=True)
+        )
+
+    @property
+    def losses(self) -> list[Callable[[Sequence[Tensor]], Tensor]]:
+        """The losses as functions of the teacher's states: of each block in stage 1, one of all blocks in stage 2."""
+        if self.stage == 2:
+            return [partial(stage2_loss, self.blocks, self.phases, num_registers=self.num_registers)]
+        return [
+            partial(stage1_loss, block, layers, forcing=self.forcing, num_registers=self.num_registers)
+            for block, layers in zip(self.blocks, self.phases, strict=True)
+        ]
+
+
 class ReferenceStep:
-    """A step of the reference loop, the teacher's pass included.
+    """A step of the minimal loop, the teacher's pass included.
 
     Args:
         loop: what is trained.
         teacher: transformers' own model.
-        case: what is measured.
         images: (B, 3, H, W).
     """
 
-    def __init__(self, loop: ReferenceLoop, teacher: nn.Module, case: TrainingCase, images: Tensor) -> None:
+    def __init__(self, loop: MinimalLoop, teacher: nn.Module, images: Tensor) -> None:
         self.loop, self.teacher, self.images = loop, teacher, images
-        self.stage, self.forcing = STAGES[case.stage]
 
     def __call__(self) -> float:
         """Takes the step; the loss before it."""
-        states = self.states()
-        return self.loop.stage2_step(states) if self.stage == 2 else self.loop.stage1_step(states, self.forcing)
+        return self.loop.step(self.states())
 
     def states(self) -> tuple[Tensor, ...]:
         """States 0..L of the teacher, each (B, T, D)."""
@@ -101,13 +153,8 @@ class ReferenceStep:
     def saved_bytes(self) -> int:
         """Activations saved at once, without the teacher's states; in stage 1, block by block, those of the largest."""
         states = self.states()
-        losses = [partial(self.loop.stage2_loss, states)]
-        if self.stage == 1:
-            losses = [
-                partial(self.loop.stage1_loss, block, states, self.forcing) for block in range(len(self.loop.blocks))
-            ]
         exclude = [*states, *self.loop.blocks.parameters()]
-        return max(saved_bytes(loss, exclude) for loss in losses)
+        return max(saved_bytes(partial(loss, states), exclude) for loss in self.loop.losses)
 
 
 class OurStep:
@@ -196,9 +243,9 @@ def build_steps(case: TrainingCase, learning_rate: float = 1e-4) -> tuple[Refere
         layerscale_value=0.1,  # of a trained block rather than a new one, so that losses mean something
     ).to(case.device)
     images = torch.randn(case.batch_size, 3, shape["image_size"], shape["image_size"], device=case.device)
-    reference = ReferenceLoop(student.base_model, learning_rate)
+    reference = MinimalLoop(student.base_model, learning_rate, *STAGES[case.stage])
     ours = OurStep(Teacher(model.to(case.device)), student, case, images, learning_rate)
-    return ReferenceStep(reference, model, case, images), ours
+    return ReferenceStep(reference, model, images), ours
 
 
 def compare_training(case: TrainingCase, repeats: int, warmup: int) -> dict[str, Any]:
