@@ -4,10 +4,11 @@
     python -m training.benchmarks.benchmark --parts training --sizes digits  # one part; the page keeps the others
     python -m training.benchmarks.benchmark --device cuda --dtypes float32 bfloat16 --output_dir runs/benchmark_gpu
 
-Parts: "forward", students against transformers' own DINOv2 with registers; "training", a step against the plain loop
-of training/raptor_minimal.py; "candidates", what was tried to make it cheaper; "growth" of a step with its sizes; "input", the
-loader against what a step eats. Each writes a JSON file to output_dir, and all of them together README.md there. Time
-to fidelity is a study of its own: training/configs/study/time_to_fidelity_*.yaml.
+
+Parts: "forward", students against transformers' own DINOv2 with registers; "training", a step against the plain loop of
+training/raptor_minimal.py; "candidates", what was tried to make it cheaper; "growth" of a step with its sizes; "input",
+the loader against what a step eats. Each writes a JSON file to output_dir, and all of them together README.md there.
+Time to fidelity is a study of its own: training/configs/study/time_to_fidelity_*.yaml.
 """
 
 import json
