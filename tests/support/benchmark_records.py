@@ -28,7 +28,6 @@ def training_row(**changes: Any) -> dict[str, Any]:
         "flops": {"reference": 10**11, "ours": 10**11},
         "matmul_peak": {"reference": 6e10, "ours": 6e10},
         "mfu": {"reference": 0.7, "ours": 0.84},
-        "floor_seconds": 1.6,
         "loss_difference": 3e-7,
     }
     return row | changes
@@ -56,12 +55,6 @@ def training_record(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Of the part "training"."""
     record = {
         "training": list(rows) or [training_row(), training_row(size="digits", speedup=1.5)],
-        "memory": [{"size": "vits14", "batch_size": 8, "bytes": {"reference": 900 * 10**6, "ours": 600 * 10**6}}],
-        "profiles": [
-            {"size": "digits", "batch_size": 64, "shares": {"matrix products": 0.6, "norms": 0.4}},
-            {"size": "vits14", "batch_size": 8, "shares": {"matrix products": 0.8, "losses": 0.2}},
-        ],
-        "memory_bandwidth": 2e10,
         "left_out": ["vitb14, batch 64, float32: about 99 s a call"],
     }
     return record | FACTS | changes
@@ -72,26 +65,13 @@ def forward_record(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
     students = ("mlp", "mlp, low_rank", "swiglu, scale")
     record = {
         "forward": list(rows) or [forward_row(student=student) for student in students],
-        "memory": [{"size": "vits14", "batch_size": 8, "bytes": {"teacher": 300 * 10**6, "mlp": 250 * 10**6}}],
-        "disk_and_start": [
-            {
-                "size": "vits14",
-                "disk_bytes": {"teacher": 88 * 10**6} | dict.fromkeys(students, 22 * 10**6),
-                "start_seconds": {"teacher": [4.0, 9.0, 5.0], "mlp": [4.5, 4.4, 4.3]},
-            }
-        ],
-        # three seconds for a block, and a tenth for a step
-        "compile": [
-            {"num_layers": layers, "num_blocks": blocks, "seconds": [3 * blocks + layers / 10]}
-            for layers, blocks in ((12, 2), (24, 2), (12, 4), (24, 4))
-        ],
         "left_out": [],
     }
     return record | FACTS | changes
 
 
 def growth_record(**changes: Any) -> dict[str, Any]:
-    """Of the part "growth", measured with two processes."""
+    """Of the part "growth"."""
     slopes = {"time_slope": 1.1, "time_slope_at_the_end": 1.2, "memory_slope": 1.0, "flops_slope": 1.05}
     record = {
         "growth": [
@@ -102,13 +82,6 @@ def growth_record(**changes: Any) -> dict[str, Any]:
             "num_blocks": 8,
             "points": [{"x": 12, "seconds": 0.001}, {"x": 1000, "seconds": 0.5}],
             "time_slope_at_the_end": 1.9,
-        },
-        "processes": {
-            "config": "training/configs/distill/digits_k3.yaml",
-            "launches": [
-                {"name": name, "speedup": 1.0, "speedup_quartiles": [0.9, 1.1], "last_loss": 0.25}
-                for name in ("1 process x 1 thread", "2 processes x 1 thread")
-            ],
         },
     }
     return record | FACTS | changes
@@ -125,12 +98,9 @@ def input_record(**changes: Any) -> dict[str, Any]:
                 "num_cores": 2,
                 "workers": [{"num_workers": number, "images_per_second": 900.0} for number in (0, 1, 2)],
                 "split": {"read": 20.0, "decode": 80.0, "total": 130.0},
-                "batched": {"speedup": 3.0},
-                "needed": [{"name": "a GPU", "images_per_second": 1700.0, "num_workers": 2}],
             },
             {"source": "imagenet-sample.parquet", "skipped": "data/imagenet-sample.parquet is not there"},
         ],
-        "estimate": {"flops_per_image": 1.9e11, "utilisation": 0.4, "peak_flops": 989e12},
     }
     return record | FACTS | changes
 

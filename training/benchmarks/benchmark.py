@@ -1,14 +1,13 @@
 """Benchmark: what this package costs beside what else does the job, as ratios of two things that run alternately.
 
-    python -m training.benchmarks.benchmark  # everything, on this machine's CPU, about 40 minutes
+    python -m training.benchmarks.benchmark  # everything, on this machine's CPU, at most 40 minutes
     python -m training.benchmarks.benchmark --parts training --sizes digits  # one part; the page keeps the others
     python -m training.benchmarks.benchmark --device cuda --dtypes float32 bfloat16 --output_dir runs/benchmark_gpu
 
-
 Parts: "forward", students against transformers' own DINOv2 with registers; "training", a step against the plain loop of
-training/raptor_minimal.py; "candidates", what was tried to make it cheaper; "growth" of a step with its sizes; "input",
-the loader against what a step eats. Each writes a JSON file to output_dir, and all of them together README.md there.
-Time to fidelity is a study of its own: training/configs/study/time_to_fidelity_*.yaml.
+training/raptor_minimal.py; "growth" of a step with its sizes; "input", the loader. Each writes a JSON file to
+output_dir, and all of them together README.md there. Time to fidelity is a study of its own:
+training/configs/study/time_to_fidelity_*.yaml.
 """
 
 import json
@@ -16,6 +15,7 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,13 @@ from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.loop import describe_environment
 from raptor_hf.recipes.settings import parse_settings, user_errors
 
-from . import candidates, forward, report, training
-from .growth import GROWTH, StepShape, growth, phase_growth, process_scaling
-from .input import estimated_rate, input_pipeline
-from .measuring import count_flops, matmul_peak, memory_bandwidth
+from . import forward, report, training
+from .growth import GROWTH, StepShape, growth, phase_growth
+from .input import input_pipeline
+from .measuring import count_flops, matmul_peak
 from .training import SHAPES, TrainingCase
 
 logger = logging.getLogger("benchmark")
-
-# bf16 without sparsity, as the vendor states it; for the estimate of what a GPU eats
-H100_PEAK = 989e12
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def main() -> None:
         facts = {"device_type": device.type, "num_threads": torch.get_num_threads(), **describe_environment(device)}
         write_json(output_dir / f"{part}.json", PARTS[part](settings, device) | facts)
     records = {part: json.loads(path.read_text()) for part in PARTS if (path := output_dir / f"{part}.json").exists()}
-    page = report.page(records, fidelity_results(output_dir))
+    page = report.page(records, fidelity_results(output_dir), (output_dir / "measured_once.md").exists())
     write_text_atomically(output_dir / "README.md", page)
     print(page)
 
@@ -142,66 +139,35 @@ class Planner:
 
 
 def run_forward(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
-    """Part 1: latency eager and compiled, memory, disk, start-up, compile time."""
+    """Latency of students against the teacher, eager and, at the batch size in the middle, compiled."""
     planner = Planner(settings, device)
-    record: dict[str, Any] = {"forward": [], "memory": [], "disk_and_start": []}
+    rows = []
     compiled_batch = sorted(settings.batch_sizes)[len(settings.batch_sizes) // 2]
-    for size in settings.sizes:
-        for dtype in settings.dtypes:
-            for batch_size in settings.batch_sizes:
-                repeats = planner.repeats(size, batch_size, dtype, 1, len(forward.STUDENTS) + 1)
-                if repeats is None:
-                    continue
-                is_compiled = batch_size == compiled_batch and size in settings.compiled_sizes
-                for compiled in (False, True) if is_compiled else (False,):
-                    rows = forward.compare_forward(
-                        size,
-                        batch_size,
-                        device=device,
-                        dtype=getattr(torch, dtype),
-                        compiled=compiled,
-                        repeats=repeats,
-                        warmup=settings.warmup,
-                    )
-                    for row in rows:
-                        log_row(row, f"{row['ratio']:.3f} of the teacher's time")
-                    record["forward"] += rows
-        batch_size = min(8, max(settings.batch_sizes))
-        memory = forward.peak_memories(size, batch_size, device)
-        record["memory"].append({"size": size, "batch_size": batch_size, "bytes": memory})
-        record["disk_and_start"].append(forward.disk_and_start(size, 3, device))
-    record["compile"] = forward.compile_seconds(device)
-    return record | {"left_out": planner.left_out}
+    for size, dtype, batch_size in product(settings.sizes, settings.dtypes, settings.batch_sizes):
+        repeats = planner.repeats(size, batch_size, dtype, 1, len(forward.STUDENTS) + 1)
+        is_compiled = batch_size == compiled_batch and size in settings.compiled_sizes
+        for compiled in (False, True) if is_compiled else (False,):
+            if repeats:
+                options = {"device": device, "dtype": getattr(torch, dtype), "compiled": compiled}
+                own = forward.compare_forward(size, batch_size, **options, repeats=repeats, warmup=settings.warmup)
+                for row in own:
+                    log_row(row, f"{row['ratio']:.3f} of the teacher's time")
+                rows += own
+    return {"forward": rows, "left_out": planner.left_out}
 
 
 def run_training(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
-    """Part 2: training steps against the reference loop, and where their time goes."""
+    """Training steps against the reference loop."""
     planner = Planner(settings, device)
-    rows, memory, profiles = [], [], []
-    for size in settings.sizes:
-        cases = []
-        for batch_size in settings.batch_sizes:
-            for dtype in settings.dtypes:
-                # teacher, student, and its backward pass, which costs two
-                if repeats := planner.repeats(size, batch_size, dtype, 4, 2):
-                    cases += [(case, repeats) for case in training_cases(size, batch_size, dtype, device)]
-        for case, repeats in cases:
-            row = training.compare_training(case, repeats, settings.warmup)
-            log_row(row, f"{row['speedup']:.3f} times as fast as the reference, MFU {row['mfu']['ours']:.0%}")
-            rows.append(row)
-        if cases:
-            largest = cases[-1][0]
-            case = TrainingCase(size, largest.batch_size, "mlp", "2", device)
-            memory.append({"size": size, "batch_size": case.batch_size, "bytes": training.peak_memories(case)})
-            profiles.append(training.profile_step(case, steps=3))
-    bandwidth = memory_bandwidth(device)
-    return {
-        "training": rows,
-        "memory": memory,
-        "profiles": profiles,
-        "memory_bandwidth": bandwidth,
-        "left_out": planner.left_out,
-    }
+    rows = []
+    for size, batch_size, dtype in product(settings.sizes, settings.batch_sizes, settings.dtypes):
+        # teacher, student, and its backward pass, which costs two
+        if repeats := planner.repeats(size, batch_size, dtype, 4, 2):
+            for case in training_cases(size, batch_size, dtype, device):
+                row = training.compare_training(case, repeats, settings.warmup)
+                log_row(row, f"{row['speedup']:.3f} times as fast as the reference, MFU {row['mfu']['ours']:.0%}")
+                rows.append(row)
+    return {"training": rows, "left_out": planner.left_out}
 
 
 def training_cases(size: str, batch_size: int, dtype: str, device: torch.device) -> list[TrainingCase]:
@@ -218,41 +184,15 @@ def training_cases(size: str, batch_size: int, dtype: str, device: torch.device)
     return cases
 
 
-def run_candidates(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
-    """What was tried to make a step cheaper, at sizes that are not too long."""
-    planner, rows = Planner(settings, device), []
-    for size in settings.sizes:
-        for batch_size in sorted(settings.batch_sizes, reverse=True):
-            calls = 1 + len(candidates.CANDIDATES)
-            seconds = planner.seconds(size, batch_size, settings.dtypes[0], 4)
-            if seconds < settings.max_row_seconds / calls:  # else a smaller batch
-                repeats = int(min(settings.repeats, max(3, settings.max_row_seconds / (calls * seconds))))
-                case = TrainingCase(size, batch_size, "mlp", "2", device)
-                rows += candidates.compare_candidates(case, repeats, 1)
-                break
-    return {"candidates": rows}
-
-
 def run_growth(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
-    """Part 4: how a step grows, phases, processes."""
-    return {
-        "growth": growth(StepShape(), GROWTH, device=device, repeats=min(5, settings.repeats), warmup=1),
-        "phases": phase_growth(),
-        "processes": process_scaling(steps=40, repeats=2),
-    }
+    """How a step grows with its sizes, and the search of phases with depth."""
+    records = growth(StepShape(), GROWTH, device=device, repeats=min(5, settings.repeats), warmup=1)
+    return {"growth": records, "phases": phase_growth()}
 
 
 def run_input(settings: BenchmarkSettings, device: torch.device) -> dict[str, Any]:
-    """Part 5: the loader against the rate of a step here, and of one on a GPU, estimated."""
-    case = TrainingCase("vits14", 8, "mlp", "2", device)
-    row = training.compare_training(case, 3, 1)
-    estimate = estimated_rate(H100_PEAK)
-    needed = {
-        "ViT-S/14 on this machine": row["images_per_second"]["ours"],
-        "ViT-B/14 on one H100, estimated": estimate["images_per_second"],
-    }
-    record = input_pipeline(settings.data, needed, device=device, repeats=min(5, settings.repeats))
-    return {"input": record, "estimate": estimate}
+    """The loader."""
+    return {"input": input_pipeline(settings.data, repeats=min(5, settings.repeats))}
 
 
 def log_row(row: dict[str, Any], what: str) -> None:
@@ -264,7 +204,6 @@ def log_row(row: dict[str, Any], what: str) -> None:
 PARTS: dict[str, Callable[[BenchmarkSettings, torch.device], dict[str, Any]]] = {
     "forward": run_forward,
     "training": run_training,
-    "candidates": run_candidates,
     "growth": run_growth,
     "input": run_input,
 }

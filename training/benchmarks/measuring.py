@@ -1,4 +1,4 @@
-"""Measuring tools: times taken alternately, saved activations, peak memory, FLOPs, and what the machine can reach.
+"""Measuring tools: times taken alternately, saved activations, FLOPs, and what the machine can reach.
 
     reference, ours = alternate([reference_step, our_step], repeats=20, warmup=3, device=device)
     Comparison(reference.tolist(), ours.tolist()).speedup        # median over the pairs
@@ -10,14 +10,9 @@ same process, in turn with it, and repetition by repetition.
 
 import gc
 import math
-import multiprocessing
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,66 +158,6 @@ def count_flops(function: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """Bytes by which a function raises the memory in use at its highest.
-
-    Let the function make all that it needs, weights included, and run it. On a GPU that is what the allocator has given
-    out. On a CPU it is the resident memory of a process of its own: that of a process which has run before never
-    falls, and what its allocator holds back hides what is used again. There it includes what libraries set up when
-    first used, tens of megabytes.
-
-    Args:
-        function: on a CPU it must be picklable: a function of a module, or `functools.partial` of one.
-        device: what the function runs on.
-
-    Raises:
-        OSError: on a CPU without /proc, as on macOS.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = function()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-    # spawned, as a fork begins with the memory of its parent, and may hang in OpenMP
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_resident_growth, function, torch.get_num_threads()).result()
-
-
-def fresh_process_seconds(program: str, repeats: int) -> list[float]:
-    """Times a Python program in fresh processes, one after the other.
-
-    Args:
-        program: source; it prints the seconds that it has measured, and nothing else, or prints nothing to be timed
-            from the start of the process to its end.
-        repeats: processes.
-
-    Returns:
-        Seconds of each, unsorted.
-
-    Raises:
-        ValueError: `repeats` out of range.
-        RuntimeError: the program fails or prints something else, with what it said.
-    """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats} must be at least 1")
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        whole = time.perf_counter() - began
-        if run.returncode:
-            raise RuntimeError(f"python -c failed with {run.returncode}: {run.stderr[-1000:]}")
-        try:
-            seconds.append(float(run.stdout) if run.stdout.strip() else whole)
-        except ValueError as error:
-            raise RuntimeError(f"the program must print seconds or nothing, not {run.stdout[:200]!r}") from error
-    return seconds
-
-
 def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = None, seconds: float = 0.3) -> float:
     """FLOP/s that matrix products reach here and now, with the threads and the precision of matmuls as they are set.
 
@@ -247,19 +182,6 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, *, size: int | None = 
     return best
 
 
-def memory_bandwidth(device: torch.device, *, num_bytes: int = 2**28, seconds: float = 0.3) -> float:
-    """Bytes per second of a large copy, here and now; a byte copied counts twice, as read and as written.
-
-    Args:
-        device: where.
-        num_bytes: to copy; more than the caches hold.
-        seconds: about how long to try.
-    """
-    source = torch.ones(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * num_bytes / _least_seconds(lambda: target.copy_(source), device, seconds)
-
-
 def _least_seconds(function: Callable[[], Any], device: torch.device, seconds: float) -> float:
     """Least seconds of a call among those within a time, at least one, after a warm-up."""
     calls = 10 if device.type == "cuda" else 1  # a single short one would also time the wait for the GPU
@@ -279,20 +201,3 @@ def _least_seconds(function: Callable[[], Any], device: torch.device, seconds: f
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _resident_growth(function: Callable[[], Any], num_threads: int) -> int:
-    """Runs a function; bytes by which this process's highest resident memory is above what it was before."""
-    torch.set_num_threads(num_threads)
-    before = _highest_resident()
-    function()
-    return _highest_resident() - before
-
-
-def _highest_resident() -> int:
-    # not getrusage: its maximum is passed on from the process that started this one
-    status = Path("/proc/self/status")
-    if not status.exists():
-        raise OSError("the peak memory of a function on a CPU is read from /proc, which this system does not have")
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return 1024 * int(line.split()[1])

@@ -10,7 +10,6 @@ from training.studies.conclusions import markdown_table
 
 NAMES = {"digits": "digits (8 px, D=96)", "vits14": "ViT-S/14, 224 px", "vitb14": "ViT-B/14, 224 px"}
 COMMAND = "python -m training.benchmarks.benchmark"
-COMPILE_GROWTH = 1.2  # what "hardly with steps" means
 SCORES = {"r2_last": "last-layer R²", "student_accuracy": "accuracy"}
 
 
@@ -45,13 +44,16 @@ class Target:
         return f"missed by {abs(self.measured / self.goal - 1):.1%}"
 
 
-def page(records: Mapping[str, dict[str, Any]], fidelity: Mapping[str, dict[str, Any]] | None = None) -> str:
+def page(
+    records: Mapping[str, dict[str, Any]], fidelity: Mapping[str, dict[str, Any]] | None = None, has_notes: bool = False
+) -> str:
     """
     The page, from what there is.
 
     Args:
         records: contents of the JSON files, by part.
         fidelity: contents of results.json of the studies of time to fidelity, by their folders beside the page.
+        has_notes: whether measured_once.md stands beside the page.
     """
     fidelity = fidelity or {}
     parts = [
@@ -72,7 +74,6 @@ def page(records: Mapping[str, dict[str, Any]], fidelity: Mapping[str, dict[str,
     writers = {
         "forward": forward_part,
         "training": training_part,
-        "candidates": candidates_part,
         "growth": growth_part,
         "input": input_part,
     }
@@ -83,7 +84,11 @@ def page(records: Mapping[str, dict[str, Any]], fidelity: Mapping[str, dict[str,
     if fidelity:
         parts.append("## Time to fidelity")
         links = ", ".join(f"[{name.removeprefix('fidelity_')}]({name}/table.md)" for name in fidelity)
-        parts.append(f"How soon our recipe is where the published one ends: {links}.")
+        parts.append(f"Time our recipe needs to reach the published recipe's final score: {links}.")
+    if has_notes:
+        parts.append(
+            "[Measured once](measured_once.md): what was tried to make a step cheaper, memory, start-up, processes."
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -118,9 +123,6 @@ def _forward_targets(record: Mapping[str, Any]) -> list[Target]:
         single = [row for row in eager if row["batch_size"] == 1]
         return targets + worst(single, '"mlp" latency, batch 1, of the teacher\'s', _ratio, 1.0, False)
     targets = worst(eager, '"mlp" forward, of the teacher\'s time', _ratio, 1.03, False)
-    if record.get("compile"):
-        growth = compile_growth(record["compile"], steps=2)
-        targets.append(Target("compile time with twice the steps", growth, COMPILE_GROWTH, False, NAMES["digits"]))
     return targets
 
 
@@ -180,7 +182,7 @@ def saved_ratio(row: dict[str, Any]) -> float:
 
 
 def forward_part(record: dict[str, Any]) -> list[str]:
-    """Latency, memory, disk, start, compile time."""
+    """Latency against the teacher."""
     rows = [
         [
             *(NAMES[row["size"]], str(row["batch_size"]), row["student"], row["precision"]),
@@ -194,41 +196,11 @@ def forward_part(record: dict[str, Any]) -> list[str]:
     titles = ["size", "batch", "student", "precision", "", "ms", "images/s", "time of the teacher's"]
     parts = ["## Forward pass", "Students against transformers' `Dinov2WithRegistersModel` of the same shape."]
     parts.append(markdown_table(titles, rows, 5))
-    students = list(record["disk_and_start"][0]["disk_bytes"])[1:]
-    titles = ["size", "batch", "peak memory, teacher (MB)", '"mlp"', "weights on disk, teacher (MB)", *students]
-    titles += ["process start to first output, teacher (s)", '"mlp"']
-    rows = [
-        [
-            *(NAMES[memory["size"]], str(memory["batch_size"])),
-            *(megabytes(memory["bytes"][name]) for name in ("teacher", "mlp")),
-            *(megabytes(size) for size in disk["disk_bytes"].values()),
-            *(f"{statistics.median(disk['start_seconds'][name]):.1f}" for name in ("teacher", "mlp")),
-        ]
-        for memory, disk in zip(record["memory"], record["disk_and_start"], strict=True)
-    ]
-    parts.append(markdown_table(titles, rows, 2))
-    rows = [
-        [str(row["num_layers"]), str(row["num_blocks"]), ", ".join(f"{seconds:.1f}" for seconds in row["seconds"])]
-        for row in record["compile"]
-    ]
-    parts.append(
-        "First call of a compiled student of the digits size, in a fresh process without a cache; "
-        f"with twice the steps it takes {compile_growth(record['compile'], steps=2):.2f} times as long, "
-        f"with twice the blocks {compile_growth(record['compile'], blocks=2):.2f} times:"
-    )
-    parts.append(markdown_table(["steps", "blocks", "s"], rows, 0))
     return parts
 
 
-def compile_growth(rows: Sequence[dict[str, Any]], steps: int = 1, blocks: int = 1) -> float:
-    """By what compile time grows with so many times the steps and the blocks; median over the rows that have both."""
-    seconds = {(row["num_layers"], row["num_blocks"]): statistics.median(row["seconds"]) for row in rows}
-    larger = {shape: seconds.get((steps * shape[0], blocks * shape[1])) for shape in seconds}
-    return statistics.median(larger[shape] / seconds[shape] for shape in seconds if larger[shape])
-
-
 def training_part(record: dict[str, Any]) -> list[str]:
-    """Steps against the reference loop, memory, profile."""
+    """Steps against the reference loop."""
     rows = [
         [
             *(NAMES[row["size"]], str(row["batch_size"]), row["ffn_type"], row["stage"]),
@@ -237,65 +209,25 @@ def training_part(record: dict[str, Any]) -> list[str]:
             f"{row['images_per_second']['ours']:.1f}",
             *(f"{row['mfu'][name]:.0%}" for name in ("reference", "ours")),
             f"{1e3 * row['seconds']['ours']:.1f}",
-            f"{1e3 * row['floor_seconds']:.1f}",
-            f"{1e3 * traffic_seconds(row, record['memory_bandwidth']):.1f}",
             f"{saved_ratio(row):.2f}",
             f"{row['loss_difference']:.0e}",
         ]
         for row in record["training"]
     ]
     titles = ["size", "batch", "FFN", "stage", "ours in", "times the reference", "images/s", "MFU, reference", "ours"]
-    titles += ["ms", "least ms for FLOPs", "for bytes", "saved activations, of the reference's"]
-    titles.append("difference of losses")
+    titles += ["ms", "saved activations, of the reference's", "difference of losses"]
     parts = [
         "## Training step",
         "One step with the teacher online, against the plain loop of training/raptor_minimal.py, always in fp32. "
-        "MFU is FLOPs of matrix products over the peak measured in the same run at the same precision. Beside the "
-        "time of ours is the least that its FLOPs take at that peak, and that writing and reading its saved "
-        f"activations takes at {record['memory_bandwidth'] / 1e9:.0f} GB/s, the speed of a large copy. In stage 1 "
+        "MFU is FLOPs over the peak of matrix products measured in the same run at the same precision. In stage 1 "
         "both go from block to block; what either saves is what is held at once.",
         markdown_table(titles, rows, 5),
     ]
-    rows = [
-        [NAMES[row["size"]], str(row["batch_size"]), *(megabytes(row["bytes"][name]) for name in ("reference", "ours"))]
-        for row in record["memory"]
-    ]
-    parts.append("Peak memory of two steps of stage 2, models included:")
-    parts.append(markdown_table(["size", "batch", "reference (MB)", "ours (MB)"], rows, 1))
-    parts.append("Where the time of our step of stage 2 goes, as shares of the operators' own time, fp32:")
-    kinds = list(dict.fromkeys(kind for row in record["profiles"] for kind in row["shares"]))
-    rows = [[kind, *(f"{row['shares'].get(kind, 0):.0%}" for row in record["profiles"])] for kind in kinds]
-    titles = ["", *(f"{NAMES[row['size']]}, batch {row['batch_size']}" for row in record["profiles"])]
-    return [*parts, markdown_table(titles, rows, 1)]
-
-
-def traffic_seconds(row: dict[str, Any], bandwidth: float) -> float:
-    """Seconds that our saved activations take to be written once and read once, at so many bytes per second."""
-    return 2 * row["saved_bytes"]["ours"] / bandwidth
-
-
-def candidates_part(record: dict[str, Any]) -> list[str]:
-    """What was tried to make a step cheaper."""
-    rows = [
-        [
-            row["candidate"],
-            row["outcome"],
-            f"{NAMES[row['size']]}, batch {row['batch_size']}",
-            f"{row['speedup']:.2f} [{row['speedup_quartiles'][0]:.2f}, {row['speedup_quartiles'][1]:.2f}]",
-            "-" if row["saved_ratio"] is None else f"{row['saved_ratio']:.2f}",
-        ]
-        for row in record["candidates"]
-    ]
-    titles = ["candidate", "outcome", "size", "times the step as it is", "saved activations, of its"]
-    return [
-        "## What was tried",
-        "Our step of stage 2 in fp32 against the same step with one thing changed: above 1 the change is faster.",
-        markdown_table(titles, rows, 3),
-    ]
+    return parts
 
 
 def growth_part(record: dict[str, Any]) -> list[str]:
-    """Growth of a step, of the search of phases, and with processes."""
+    """Growth of a step and of the search of phases."""
     rows = [
         [
             row["symbol"],
@@ -319,18 +251,7 @@ def growth_part(record: dict[str, Any]) -> list[str]:
         "largest:"
     )
     parts.append(markdown_table(["L", "ms"], rows, 0))
-    processes = record["processes"]
-    if "skipped" in processes:
-        return [*parts, f"Processes: not measured, {processes['skipped']}."]
-    rows = [
-        [row["name"], f"{row['speedup']:.2f} [{row['speedup_quartiles'][0]:.2f}, {row['speedup_quartiles'][1]:.2f}]"]
-        + [f"{row['last_loss']:.6f}"]
-        for row in processes["launches"]
-    ]
-    parts.append(
-        f"`accelerate launch training/distill.py {processes['config']}`, images per second of the first line's:"
-    )
-    return [*parts, markdown_table(["", "speed", "last loss"], rows, 1)]
+    return parts
 
 
 def input_part(record: dict[str, Any]) -> list[str]:
@@ -342,23 +263,12 @@ def input_part(record: dict[str, Any]) -> list[str]:
             continue
         rows = [[str(row["num_workers"]), f"{row['images_per_second']:.0f}"] for row in source["workers"]]
         split = ", ".join(f"{name} {value:.0f}" for name, value in source["split"].items())
-        needs = "; ".join(
-            f"{need['name']} eats {need['images_per_second']:.0f} images/s: {need['num_workers']} "
-            f"worker{'s' if need['num_workers'] > 1 else ''}"
-            for need in source["needed"]
-        )
         parts += [
             f"{source['source']}, to {source['image_size'][0]} px, batch {source['batch_size']}, on "
             f"{source['num_cores']} core{'s' if source['num_cores'] > 1 else ''}:",
             markdown_table(["workers", "images/s"], rows, 0),
-            f"Microseconds per image: {split}. The processor's one call per batch is "
-            f"{source['batched']['speedup']:.1f} times as fast as one per image. {needs}, each on a core of its own.",
+            f"Microseconds per image: {split}.",
         ]
-    estimate = record["estimate"]
-    parts.append(
-        f"The GPU's rate is an estimate: {estimate['flops_per_image'] / 1e9:.0f} GFLOP per image at "
-        f"{estimate['utilisation']:.0%} of {estimate['peak_flops'] / 1e12:.0f} TFLOP/s."
-    )
     return parts
 
 
@@ -369,8 +279,3 @@ def circumstances(record: dict[str, Any]) -> str:
     if left_out := record.get("left_out"):
         text += f" Left out for their length: {'; '.join(dict.fromkeys(left_out))}."
     return text
-
-
-def megabytes(count: int) -> str:
-    """Bytes as MB."""
-    return f"{count / 1e6:.1f}" if count < 1e8 else f"{count / 1e6:.0f}"

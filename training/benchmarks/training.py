@@ -4,8 +4,6 @@ Both sides run the teacher once per step, transformers' own model, and take one 
 goes from block to block. benchmark.py calls this file and writes what it finds.
 """
 
-import gc
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from raptor_hf.conversion import student_from_teacher
@@ -26,7 +22,7 @@ from raptor_hf.research_checkpoints import BLOCK_NAMES, CONDITIONER_NAMES
 from raptor_hf.teacher import Teacher
 from training.raptor_minimal import Block, make_optimizer, stage1_loss, stage2_loss, take_step
 
-from .measuring import Comparison, alternate, count_flops, matmul_peak, peak_memory, saved_bytes
+from .measuring import Comparison, alternate, count_flops, matmul_peak, saved_bytes
 
 SHAPES: dict[str, dict[str, int]] = {
     "digits": dict(hidden_size=96, num_attention_heads=3, image_size=8, patch_size=2, num_register_tokens=2),
@@ -36,17 +32,6 @@ SHAPES: dict[str, dict[str, int]] = {
 BLOCK_REPEATS = (7, 3, 2)
 # name of the row: stage and lambda; lambda is 0 for three quarters of the published stage 1
 STAGES = {"1, annealing": (1, 0.5), "1, autoregressive": (1, 0.0), "2": (2, 0.0)}
-# operators of a profile, by the first prefix that fits their names
-OPERATORS = {
-    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::mkldnn_linear", "aten::_addmm_activation"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
-    "norms": ("aten::native_layer_norm",),
-    "activations": ("aten::gelu", "aten::silu"),
-    "losses": ("aten::mse_loss",),
-    "copies": ("aten::copy_", "aten::cat", "aten::stack", "aten::fill_", "aten::zero_"),
-    "optimizer": ("aten::_fused_adamw", "Optimizer", "aten::_foreach"),
-    "sums and products": ("aten::add", "aten::mul", "aten::addcmul", "aten::sum", "aten::sub", "aten::div"),
-}
 
 
 @dataclass(frozen=True)
@@ -163,16 +148,27 @@ class OurStep:
     Args:
         teacher: run in every step.
         student: whose blocks are trained.
-        case: what is measured.
         images: (B, 3, H, W).
         learning_rate: of AdamW.
+        stage: 1 or 2.
+        forcing: lambda, in stage 1.
+        autocast: precision; None for that of the weights.
+        compile: whether the blocks are compiled.
     """
 
     def __init__(
-        self, teacher: Teacher, student: nn.Module, case: TrainingCase, images: Tensor, learning_rate: float
+        self,
+        teacher: Teacher,
+        student: nn.Module,
+        images: Tensor,
+        learning_rate: float,
+        stage: int = 2,
+        forcing: float = 0.0,
+        autocast: torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
-        self.teacher, self.images, self.autocast = teacher, images, case.autocast
-        self.stage, self.forcing = STAGES[case.stage]
+        self.teacher, self.images, self.autocast = teacher, images, autocast
+        self.stage, self.forcing = stage, forcing
         self.student = student.requires_grad_(False).train()
         self.groups = [block_parameters(student, block) for block in range(student.config.num_blocks)]
         # in stage 1 one after the other, as distill.py does in a single process
@@ -182,7 +178,7 @@ class OurStep:
         trained = sum(self.groups, [])
         for parameter in trained:
             parameter.requires_grad_(True)
-        if case.compile:
+        if compile:
             # what earlier cases compiled counts towards the limit of graphs per function, past which it stays eager
             torch.compiler.reset()
             for block in student.base_model.encoder.blocks:
@@ -244,7 +240,8 @@ def build_steps(case: TrainingCase, learning_rate: float = 1e-4) -> tuple[Refere
     ).to(case.device)
     images = torch.randn(case.batch_size, 3, shape["image_size"], shape["image_size"], device=case.device)
     reference = MinimalLoop(student.base_model, learning_rate, *STAGES[case.stage])
-    ours = OurStep(Teacher(model.to(case.device)), student, case, images, learning_rate)
+    options = {"autocast": case.autocast, "compile": case.compile}
+    ours = OurStep(Teacher(model.to(case.device)), student, images, learning_rate, *STAGES[case.stage], **options)
     return ReferenceStep(reference, model, images), ours
 
 
@@ -258,8 +255,8 @@ def compare_training(case: TrainingCase, repeats: int, warmup: int) -> dict[str,
         warmup: repetitions before these.
 
     Returns:
-        A JSON-able row; `loss_difference` is relative, of the first step; `floor_seconds` the FLOPs of our step over
-        the matmul peak of our precision, measured in the same run.
+        A JSON-able row; `loss_difference` is relative, of the first step; `mfu` is FLOPs over time and over the peak of
+        matrix products at the same precision, measured in the same run.
     """
     reference, ours = build_steps(case)
     losses = reference(), ours()
@@ -288,57 +285,5 @@ def compare_training(case: TrainingCase, repeats: int, warmup: int) -> dict[str,
         "flops": flops,
         "matmul_peak": peaks,
         "mfu": {name: flops[name] / seconds[name] / peaks[name] for name in seconds},
-        "floor_seconds": flops["ours"] / peaks["ours"],
         "loss_difference": abs(losses[1] - losses[0]) / abs(losses[0]),
-    }
-
-
-def peak_memories(case: TrainingCase) -> dict[str, int]:
-    """Peak memory in bytes of two steps of either side, models included, each in a process of its own on a CPU."""
-    return {name: peak_memory(partial(_two_steps, case, name), case.device) for name in ("reference", "ours")}
-
-
-def _two_steps(case: TrainingCase, name: str) -> None:
-    step = build_steps(case)[("reference", "ours").index(name)]
-    gc.collect()  # the other side's student
-    step()
-    step()
-
-
-def profile_step(case: TrainingCase, steps: int = 5) -> dict[str, Any]:
-    """
-    Where the time of our step goes.
-
-    Args:
-        case: what is profiled.
-        steps: that are recorded, after one that is not.
-
-    Returns:
-        A JSON-able row: `shares` of the operators' own time by kind (see `OPERATORS`), and the `slowest` operators.
-    """
-    _, step = build_steps(case)
-    step()
-    on_gpu = case.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    with profile(activities=activities) as recorded:
-        for _ in range(steps):
-            step()
-    times = Counter()
-    for event in recorded.key_averages():
-        # kernels of a GPU are listed again, beside the operators that launched them
-        if event.device_type == DeviceType.CPU:
-            times[event.key] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
-    total = sum(times.values())
-    kinds = Counter()
-    for name, microseconds in times.items():
-        kind = next((kind for kind, starts in OPERATORS.items() if name.startswith(starts)), "other, and Python")
-        kinds[kind] += microseconds / total
-    slowest = [{"operator": name, "share": value / total} for name, value in times.most_common(12)]
-    return {
-        "size": case.size,
-        "batch_size": case.batch_size,
-        "stage": case.stage,
-        "precision": case.precision,
-        "shares": dict(kinds.most_common()),
-        "slowest": slowest,
     }

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image
 import training.benchmarks.input as benchmark_input
 from raptor_hf.data.loaders import train_loader
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
-from training.benchmarks.input import Source, estimated_rate, input_pipeline, loader_seconds, split, workers_needed
+from training.benchmarks.input import Source, input_pipeline, loader_seconds, split
 
 SMALL = Source("small.parquet", {"size": {"height": 8, "width": 8}, "do_center_crop": False}, batch_size=4)
 
@@ -40,38 +40,25 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_a_file_is_measured_as_the_recipes_read_it(folder):
-    (record,) = input_pipeline(folder, {"a step": 1e-3, "a GPU": 1e9}, sources=[SMALL], batches=2, repeats=2)
+    (record,) = input_pipeline(folder, sources=[SMALL], batches=2, repeats=2)
     assert record["image_size"] == [8, 8] and "skipped" not in record
     assert [workers["num_workers"] for workers in record["workers"]] == [0, 1, 2]
-    assert record["workers"][0]["speedup"] == 1
     assert all(workers["images_per_second"] > 0 for workers in record["workers"])
-    assert record["transport_microseconds"] > 0 and record["to_device_microseconds"] is None
-    assert record["batched"]["same_bits"]
-    step, gpu = record["needed"]
-    assert step["num_workers"] == 1 and gpu["num_workers"] > 100
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_copies_to_a_gpu_are_timed_from_both_kinds_of_memory(folder):
-    (record,) = input_pipeline(folder, {}, sources=[SMALL], batches=1, repeats=2, device=torch.device("cuda"))
-    assert record["to_device_microseconds"].keys() == {"pageable", "pinned"}
-    assert min(record["to_device_microseconds"].values()) > 0
+    assert record["split"]["total"] > 0
 
 
 def test_a_file_that_is_not_there_is_skipped_and_the_record_says_so(tmp_path):
-    (record,) = input_pipeline(tmp_path, {}, sources=[SMALL])
+    (record,) = input_pipeline(tmp_path, sources=[SMALL])
     assert record == {"source": SMALL.file, "batch_size": 4, "skipped": f"{tmp_path / SMALL.file} is not there"}
 
 
 def test_the_rate_is_of_the_median_time(folder, monkeypatch):
     seconds = {0: iter([1.0, 5.0, 2.0]), 1: iter([0.5, 1.0, 1.0])}
     monkeypatch.setattr(benchmark_input, "loader_seconds", lambda images, processor, size, n, b: next(seconds[n]))
-    settings = {"sources": [SMALL], "num_workers": (), "batches": 10, "repeats": 3}
-    (record,) = input_pipeline(folder, {"a step": 41.0}, **settings)
+    settings = {"sources": [SMALL], "num_workers": (0, 1), "batches": 10, "repeats": 3}
+    (record,) = input_pipeline(folder, **settings)
     none, one = record["workers"]
     assert (none["images_per_second"], one["images_per_second"]) == (20.0, 40.0)
-    assert one["speedup"] == 2 and one["speedup_quartiles"] == [2, 3.5]
-    assert record["needed"] == [{"name": "a step", "images_per_second": 41.0, "num_workers": 2}]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -107,36 +94,3 @@ def test_a_batch_of_the_loader_has_the_bits_of_its_images_alone(folder):
     (batch,) = train_loader(images, processor, batch_size=4, seed=0, num_steps=1, shuffle=False)
     alone = [processor(images=[images.decode(index)[0]], return_tensors="pt")["pixel_values"] for index in range(4)]
     assert torch.equal(batch["pixel_values"], torch.cat(alone))
-
-
-def test_workers_are_rounded_up():
-    needed = workers_needed(100.0, {"slow": 1.0, "equal": 300.0, "fast": 301.0})
-    assert [rate["num_workers"] for rate in needed] == [1, 3, 4]
-
-
-@pytest.mark.parametrize("arguments", [{"batches": 0}, {"repeats": 0}, {"num_workers": (-1,)}], ids=str)
-def test_numbers_out_of_range_are_refused(folder, arguments):
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        input_pipeline(folder, {}, sources=[SMALL], **arguments)
-
-
-@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
-def test_a_rate_that_is_none_is_refused(folder, rate):
-    with pytest.raises(ValueError, match="'a step'"):
-        input_pipeline(folder, {"a step": rate}, sources=[SMALL])
-
-
-def test_the_estimate_is_that_of_a_hand_count():
-    tokens, width = 1 + 4 + 16 * 16, 768
-    layer = tokens * 12 * width**2 + 2 * tokens**2 * width
-    forward = 12 * layer + 256 * 3 * 14 * 14 * width
-    estimate = estimated_rate(1e15, utilisation=0.5)
-    assert estimate["flops_per_image"] == pytest.approx(4 * 2 * forward, rel=0.01)
-    assert estimate["images_per_second"] == pytest.approx(0.5e15 / (8 * forward), rel=0.01)
-    assert estimate["is_estimate"]
-
-
-@pytest.mark.parametrize("arguments", [(0.0, 0.4), (1e15, 0.0), (1e15, 1.1)])
-def test_an_estimate_of_nothing_is_refused(arguments):
-    with pytest.raises(ValueError, match="peak_flops"):
-        estimated_rate(arguments[0], utilisation=arguments[1])

@@ -1,6 +1,5 @@
 """Measuring tools against what is known beforehand: counts by hand, orders of calls, memory that is really taken."""
 
-import functools
 import gc
 import time
 
@@ -16,21 +15,11 @@ from training.benchmarks.measuring import (
     Comparison,
     alternate,
     count_flops,
-    fresh_process_seconds,
     matmul_peak,
-    memory_bandwidth,
-    peak_memory,
     saved_bytes,
 )
 
 CPU = torch.device("cpu")
-MEGABYTE = 2**20
-
-
-def take_memory(megabytes: int, times: int = 1) -> None:
-    """Writes to fresh memory, and lets go of it, some times; must be a function of a module to reach a new process."""
-    for _ in range(times):
-        np.ones(megabytes * MEGABYTE, dtype=np.uint8)
 
 
 def test_a_comparison_is_of_pairs_not_of_medians():
@@ -121,36 +110,6 @@ def test_flops_of_a_model_are_twice_its_multiply_accumulates():
     assert count_flops(lambda: model(pixels)) == 2 * macs(model, pixels)
 
 
-def test_peak_memory_is_what_a_function_takes_at_once_whatever_the_process_that_asks_holds():
-    held = np.ones(500 * MEGABYTE, dtype=np.uint8)
-    peak = peak_memory(functools.partial(take_memory, 300, times=3), CPU)
-    assert 299 * MEGABYTE < peak < 330 * MEGABYTE
-    assert held.all()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_peak_memory_on_a_gpu_is_what_the_allocator_gave():
-    device = torch.device("cuda")
-
-    def take() -> None:
-        torch.empty(100 * MEGABYTE, dtype=torch.uint8, device=device)
-        torch.empty(60 * MEGABYTE, dtype=torch.uint8, device=device)
-
-    assert peak_memory(take, device) == 100 * MEGABYTE
-
-
-def test_a_program_prints_its_seconds_or_is_timed_whole():
-    assert fresh_process_seconds("print(0.125)", 2) == [0.125, 0.125]
-    (whole,) = fresh_process_seconds("import time; time.sleep(0.2)", 1)
-    assert 0.2 <= whole < 5
-
-
-@pytest.mark.parametrize("program, word", [("raise SystemExit('broken')", "broken"), ("print('half')", "half")])
-def test_a_program_that_fails_is_an_error(program, word):
-    with pytest.raises(RuntimeError, match=word):
-        fresh_process_seconds(program, 1)
-
-
 def test_the_peak_is_at_least_what_a_plain_product_reaches():
     left = torch.randn(256, 256)
     began = time.perf_counter()
@@ -165,8 +124,3 @@ def test_the_peak_counts_two_operations_per_multiply_accumulate(monkeypatch):
     monkeypatch.setattr(measuring, "_least_seconds", lambda function, device, seconds: 1.0)
     # the largest of the shapes, (128, 32, 128)
     assert matmul_peak(CPU, torch.float32, size=64) == 2 * 128 * 32 * 128
-
-
-def test_bandwidth_counts_a_byte_as_read_and_written(monkeypatch):
-    monkeypatch.setattr(measuring, "_least_seconds", lambda function, device, seconds: 0.5)
-    assert memory_bandwidth(CPU, num_bytes=1000) == 4000

@@ -59,7 +59,8 @@ def test_a_row_holds_ratios_of_what_was_measured(bench, case):
         assert row["images_per_second"][name] == pytest.approx(8 / row["seconds"][name])
         # overhead is all; above 1 only by a peak that was disturbed
         assert 0 < row["mfu"][name] < 1.5
-    assert row["floor_seconds"] / row["seconds"]["ours"] == pytest.approx(row["mfu"]["ours"])
+    least = row["flops"]["ours"] / row["matmul_peak"]["ours"]
+    assert least / row["seconds"]["ours"] == pytest.approx(row["mfu"]["ours"])
 
 
 def test_the_sides_take_as_many_flops_where_nothing_is_shared(bench):
@@ -94,17 +95,3 @@ def test_bf16_is_ours_alone_and_close(bench):
     reference, ours = bench.build_steps(case)
     theirs, own = reference(), ours()
     assert own == pytest.approx(theirs, rel=0.02) and abs(own - theirs) > 1e-6 * theirs
-
-
-def test_a_profile_is_shares_of_the_whole(bench):
-    row = bench.profile_step(bench.TrainingCase("tiny", 8, "mlp", "2", CPU), steps=1)
-    assert sum(row["shares"].values()) == pytest.approx(1)
-    assert {"matrix products", "attention", "norms", "activations", "losses", "optimizer"} <= row["shares"].keys()
-    shares = [operator["share"] for operator in row["slowest"]]
-    assert len(shares) == 12 and shares == sorted(shares, reverse=True) and 0 < sum(shares) <= 1
-
-
-@pytest.mark.slow
-def test_peak_memory_is_that_of_either_side(bench):
-    memory = bench.peak_memories(bench.TrainingCase("digits", 2, "mlp", "2", CPU))
-    assert memory.keys() == {"reference", "ours"} and min(memory.values()) > 4 * 2 * 10**6
