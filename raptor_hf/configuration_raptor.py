@@ -33,6 +33,22 @@ AUTO_MAP = {
     "AutoModelForDepthEstimation": "modeling_raptor.RaptorForDepthEstimation",
     "AutoImageProcessor": "image_processing_raptor.RaptorImageProcessor",
 }
+# Largest values, far above any model of today: a damaged or hostile file is refused before anything so large is made.
+MAX_STEPS = 10_000
+MAX_LABELS = 100_000
+MAX_PARAMETERS = 10**12
+LARGEST = {
+    "hidden_size": 65_536,
+    "num_attention_heads": 65_536,
+    "intermediate_size": 1_048_576,
+    "conditioning_rank": 65_536,
+    "num_channels": 65_536,
+    "num_register_tokens": 65_536,
+    "num_segmentation_labels": MAX_LABELS,
+    "num_depth_bins": MAX_LABELS,
+    "image_size": 65_536,
+    "patch_size": 65_536,
+}
 # what a teacher's configuration and ours share, under the same names, as far as the teacher has them
 TEACHER_FIELDS = (
     "hidden_size",
@@ -190,8 +206,10 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.block_layer_norm_eps is None:
             self.block_layer_norm_eps = self.layer_norm_eps
-        if self.segmentation_id2label is not None:
-            self.segmentation_id2label = {int(key): name for key, name in self.segmentation_id2label.items()}
+        for name in ("intermediate_size", *LARGEST):
+            _check_largest(name, getattr(self, name))
+        _check_largest("num_labels", kwargs.get("num_labels"), MAX_LABELS)
+        self.segmentation_id2label = _by_index(self.segmentation_id2label)
         # all entries, whichever class is saved; what a file says (stage_names too) may be stale
         kwargs.pop("auto_map", None)
         kwargs.pop("stage_names", None)
@@ -201,6 +219,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
         super().__post_init__(**kwargs)
+        self.id2label = _by_index(self.id2label)
 
     @property
     def num_hidden_layers(self) -> int:
@@ -262,20 +281,31 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 plan += [(block, start + trained * (i + 1) / repeats) for i in range(repeats)]
                 start += trained
         if num_steps is not None:
-            if not _is_count(num_steps):
-                raise ValueError(f"num_steps is {num_steps!r}; it must be an integer of at least 1.")
+            if not _is_count(num_steps) or num_steps > MAX_STEPS:
+                raise ValueError(f"num_steps is {num_steps!r}; it must be an integer from 1 to {MAX_STEPS}.")
             plan = plan[:num_steps] + [plan[-1]] * (num_steps - len(plan))
         return tuple(plan)
 
     def for_segmentation(self) -> "RaptorConfig":
         """
-        A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, it is
-        the original again.
+        A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, the
+        classifier's labels are as they were.
+
+        Labels that were given at loading, `from_pretrained(folder, num_labels=3, id2label=...)`, are the segmentation
+        classes of the model that is loaded with them.
         """
         config = copy.copy(self)
-        if not hasattr(self, "_classifier_labels"):
+        given = config.__dict__.pop("_labels_at_loading", None)
+        if given is not None:
+            config._classifier_labels = given["of_file"]
+            if given["named"]:
+                config.segmentation_id2label = self.id2label
+            elif self.num_labels != self.num_segmentation_labels:
+                config.segmentation_id2label = None
+            config.num_segmentation_labels = self.num_labels
+        elif not hasattr(self, "_classifier_labels"):
             config._classifier_labels = {"id2label": self.id2label, "label2id": self.label2id}
-        names = self.segmentation_id2label or {i: f"LABEL_{i}" for i in range(self.num_segmentation_labels)}
+        names = config.segmentation_id2label or {i: f"LABEL_{i}" for i in range(config.num_segmentation_labels)}
         config.id2label, config.label2id = names, {name: index for index, name in names.items()}
         return config
 
@@ -295,14 +325,32 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 "RaptorConfig.from_teacher(teacher_config, block_repeats)."
             )
         names = {*cls.__dataclass_fields__, "out_features", "out_indices", "num_hidden_layers", "num_blocks"}
+        names -= {"id2label", "label2id"}
         given = {name: kwargs.pop(name) for name in names & kwargs.keys()}
         if "block_repeats" in given or given.keys() & {"out_features", "out_indices"}:
             # what the file says of the stages is of the old ones
             config_dict = {name: config_dict[name] for name in config_dict.keys() - {"out_features", "out_indices"}}
-        return super().from_dict(config_dict | given, **kwargs)
+        _check_largest("num_labels", kwargs.get("num_labels", config_dict.get("num_labels")), MAX_LABELS)
+        labels = {name: kwargs.pop(name) for name in ("num_labels", "id2label", "label2id") if name in kwargs}
+        labels = {name: value for name, value in labels.items() if value is not None}
+        if not labels:
+            return super().from_dict(config_dict | given, **kwargs)
+        of_file = {name: config_dict.get(name) for name in ("id2label", "label2id")}
+        config_dict = {name: config_dict[name] for name in config_dict.keys() - {"id2label", "label2id", "num_labels"}}
+        loaded = super().from_dict(config_dict | given | _checked_labels(labels, of_file), **kwargs)
+        if not given.keys() & {"num_segmentation_labels", "segmentation_id2label"}:
+            # which of the heads they are for is known only when the model is made: see `for_segmentation`
+            config = loaded[0] if isinstance(loaded, tuple) else loaded
+            before = cls(**{name: value for name, value in of_file.items() if value is not None})
+            config._labels_at_loading = {
+                "of_file": {"id2label": before.id2label, "label2id": before.label2id},
+                "named": "id2label" in labels,
+            }
+        return loaded
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
+        output.pop("_labels_at_loading", None)
         return output | output.pop("_classifier_labels", {})
 
     @classmethod
@@ -358,6 +406,14 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        num_parameters = self._num_parameters()
+        if num_parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, with intermediate_size {self.intermediate_size}, block_repeats "
+                f"{_shortened(self.block_repeats)}, image_size {self.image_size} and patch_size {self.patch_size}: "
+                f"this model would take {4 * num_parameters:.1e} bytes in float32; it must be below "
+                f"{4 * MAX_PARAMETERS:.0e}."
+            )
         if self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             near = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:3]
@@ -396,10 +452,28 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{height} x {width}. Give a square image_size; images of other shapes are interpolated at run time."
             )
 
+    def _num_parameters(self) -> int:
+        """The parameters of the largest tables and matrices, up to a few per cent those of the model."""
+        dim, patch = self.hidden_size, math.prod(as_pair(self.patch_size))
+        ffn = self.intermediate_size * (3 if self.ffn_type == "swiglu" else 2)
+        positions = math.prod(as_pair(self.image_size)) // max(patch, 1)
+        tables = self.conditioning_rank * (5 * dim + ffn) if self.depth_conditioning == "low_rank" else 0
+        return (
+            dim * (self.num_blocks * (4 * dim + ffn) + positions + self.num_register_tokens + self.num_channels * patch)
+            + self.num_hidden_layers * tables
+        )
+
     def _check_block_fields(self) -> None:
         repeats, schedule = self.block_repeats, self.block_schedule
         if not repeats or any(isinstance(n, bool) or n < 1 for n in repeats):
-            raise ValueError(f"block_repeats is {repeats}; it must be one or more positive integers, e.g. (7, 3, 2).")
+            raise ValueError(
+                f"block_repeats is {_shortened(repeats)}; it must be one or more positive integers, e.g. (7, 3, 2)."
+            )
+        if sum(repeats) > MAX_STEPS:
+            raise ValueError(
+                f"block_repeats is {_shortened(repeats)}, which sums to {sum(repeats)} steps; it must be at most "
+                f"{MAX_STEPS}."
+            )
         if schedule is not None and [schedule.count(j) for j in range(len(repeats))] + [len(schedule)] != [
             *repeats,
             sum(repeats),
@@ -417,6 +491,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"block_repeats is {block_repeats}; it must be {self.num_blocks} positive integers, one per block "
                 f"(trained with {tuple(self.block_repeats)})."
+            )
+        if sum(block_repeats) > MAX_STEPS:
+            raise ValueError(
+                f"block_repeats is {block_repeats}, which sums to {sum(block_repeats)} steps; it must be at most "
+                f"{MAX_STEPS}."
             )
         return block_repeats
 
@@ -466,6 +545,39 @@ def _ffn_of(teacher_config: PreTrainedConfig) -> dict[str, Any]:
         return {"ffn_type": "mlp", "intermediate_size": inner}
     # DINOv2's SwiGLU keeps two thirds of the width, rounded up to a multiple of 8
     return {"ffn_type": "swiglu", "intermediate_size": (int(inner * 2 / 3) + 7) // 8 * 8}
+
+
+def _check_largest(name: str, value: Any, largest: int | None = None) -> None:
+    """Refuses sizes that no model has; what is no number, or too small, is left to the checks of each field."""
+    largest = LARGEST[name] if largest is None else largest
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(number, (int, float)) and number > largest for number in numbers):
+        raise ValueError(f"{name} is {_shortened(value)}; it must be at most {largest}.")
+
+
+def _checked_labels(labels: dict[str, Any], of_file: dict[str, Any]) -> dict[str, Any]:
+    """Labels given at loading, as fields; the names in the file stay if only a number is given and it is theirs."""
+    names, count = _by_index(labels.get("id2label")), labels.get("num_labels")
+    if names is None:
+        if count is None or count == len(of_file["id2label"] or (0, 1)):
+            labels = {name: value for name, value in of_file.items() if value is not None} | labels
+        return labels
+    if sorted(names) != list(range(len(names))) or count not in (None, len(names)):
+        raise ValueError(
+            f"id2label has {len(names)} names, of the classes {_shortened(sorted(names))}; it must name each of "
+            f"0..{(count or len(names)) - 1}."
+        )
+    return {"id2label": names, "label2id": labels.get("label2id") or {name: i for i, name in names.items()}}
+
+
+def _by_index(names: dict[int, str] | dict[str, str] | None) -> dict[int, str] | None:
+    """Names of classes in the order of their numbers: a file may list them as strings, 0, 1, 10, 11, 2."""
+    return None if names is None else dict(sorted((int(index), name) for index, name in names.items()))
+
+
+def _shortened(value: Any) -> str:
+    """A value for a message; of a long sequence, its beginning."""
+    return f"{value[:10]}..." if isinstance(value, (list, tuple)) and len(value) > 10 else f"{value}"
 
 
 def _is_count(value: Any) -> bool:

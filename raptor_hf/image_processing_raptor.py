@@ -5,13 +5,15 @@ sees exactly the pixels that its teacher sees; what is added is label maps, post
 """
 
 import copy
+import math
 import warnings
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
@@ -29,6 +31,55 @@ from transformers.utils import TensorType
 
 # Label of the pixels without a class: ADE20k's background after do_reduce_labels, and what a crop adds around a map.
 IGNORE_INDEX = 255
+# 8192 x 8192, of an image once resized: in float32 its three channels take 0.8 GB
+MAX_PIXELS = 2**26
+# of the longer side to the shorter; photographs end at 20, and resizing the shorter side makes the longer one huge
+MAX_ASPECT = 200
+_EXIF_ORIENTATION = 0x0112
+
+
+class ImageError(ValueError):
+    """An image that can be read but not be prepared; the message says what is wrong with it."""
+
+
+def viewed_image(image: Image.Image) -> Image.Image:
+    """Turns a decoded image into what a viewer of images shows: upright, and with 8 bits per channel.
+
+    The orientation in its EXIF data is applied (once: it is taken out of the result). Grey images of 16 bits are scaled
+    by their range, 65535 to 255. Everything else stays as it is, palettes and transparency too.
+
+    Args:
+        image: of any mode and size.
+
+    Returns:
+        The image itself where nothing was to be done, else a new one.
+
+    Raises:
+        ImageError: the mode has no range that could be scaled to 8 bits (32-bit integers, floats), or one side is more
+            than 200 times the other.
+    """
+    name = f"image {image.filename!r}" if getattr(image, "filename", "") else "image"
+    _check_aspect(name, image.height, image.width)
+    if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    # Pillow before 11 opens 16-bit PNGs in mode I
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+        raise ImageError(
+            f"{name} has mode {image.mode!r}, {kind} whose range is not known; it must have 8 bits per channel or 16 "
+            "bits of grey: scale and convert it first"
+        )
+    return image
+
+
+def _check_aspect(name: str, height: int, width: int) -> None:
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise ImageError(
+            f"{name} is {height} x {width} pixels large; its longer side must be at most {MAX_ASPECT} times the shorter"
+        )
 
 
 class RaptorImageProcessorKwargs(ImagesKwargs, total=False):
@@ -45,8 +96,12 @@ class RaptorImageProcessor(PilBackend):
     """Prepares images as DINOv2 does, and turns predicted logits and depth into maps of the images' size.
 
     The defaults are those of `facebook/dinov2-with-registers-base`: RGB, shortest edge to 256 pixels (bicubic), centre
-    crop of 224, to [0, 1], ImageNet mean and standard deviation. As everywhere in transformers, a PIL image is taken as
-    stored: its EXIF orientation is applied by the pipelines and by `transformers.image_utils.load_image`, not here.
+    crop of 224, to [0, 1], ImageNet mean and standard deviation.
+
+    Two things differ from transformers' own processors, DINOv2's among them. They turn images that they open themselves
+    as the EXIF orientation says, from a path or URL, but take a PIL image as stored: here both come out upright, as a
+    viewer shows them. And they cut grey images of 16 bits off at 255: here they are scaled by their range; PIL images
+    of 32-bit integers or floats have no range to scale by and are refused. See `viewed_image`.
 
     The centre crop suits classification. A map predicted from it covers the crop only, so dense tasks want
     `do_center_crop=False` and, to batch images, a fixed `size={"height": ..., "width": ...}`.
@@ -67,7 +122,8 @@ class RaptorImageProcessor(PilBackend):
         do_reduce_labels: for label maps, 0 becomes 255 (ignored) and every other label is lowered by 1.
 
     Raises:
-        ValueError: `do_pad` is true; this processor does not pad.
+        ValueError: `do_pad` is true; this processor does not pad. A size, a mean, a standard deviation or the factor is
+            impossible.
 
     Example:
         >>> processor = RaptorImageProcessor()
@@ -162,6 +218,8 @@ class RaptorImageProcessor(PilBackend):
 
         Raises:
             TypeError: something is not an image.
+            ImageError: an image is of a mode without a range, or too long for its width, or would be too large once
+                resized; the message names its file, if it is known.
             ValueError: an image or map cannot be read, there are none, or maps and images do not match.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
@@ -218,7 +276,21 @@ class RaptorImageProcessor(PilBackend):
         # Called for the settings of a processor and again for those of a call.
         if kwargs.get("do_pad"):
             raise ValueError("do_pad=True: this processor resizes and crops but does not pad; only do_pad=False works")
-        return super()._standardize_kwargs(**kwargs)
+        kwargs = super()._standardize_kwargs(**kwargs)
+        _check_settings(kwargs)
+        return kwargs
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """[`BaseImageProcessor.fetch_images`]; local files are opened as they are, where it converts them to RGB."""
+        if isinstance(image_url_or_urls, str) and Path(image_url_or_urls).is_file():
+            return Image.open(image_url_or_urls)
+        return super().fetch_images(image_url_or_urls)
+
+    def process_image(self, image: ImageInput, *args: Any, is_map: bool = False, **kwargs: Any) -> np.ndarray:
+        """[`PilBackend.process_image`] of what a viewer would show; label maps (`is_map`) keep their numbers."""
+        if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image) if is_map else viewed_image(image)
+        return super().process_image(image, *args, **kwargs)
 
     def _preprocess_image_like_inputs(
         self,
@@ -231,16 +303,25 @@ class RaptorImageProcessor(PilBackend):
         images = self._read("images", images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format)
         if segmentation_maps is not None:
             segmentation_maps = self._read(
-                "segmentation_maps", segmentation_maps, expected_ndims=2, input_data_format=ChannelDimension.FIRST
+                "segmentation_maps",
+                segmentation_maps,
+                expected_ndims=2,
+                input_data_format=ChannelDimension.FIRST,
+                is_map=True,
             )
             _check_maps(segmentation_maps, images)
+        if kwargs["do_resize"]:
+            for index, image in enumerate(images):
+                _check_resized(f"images[{index}]", *image.shape[-2:], kwargs["size"])
         return self._preprocess(images, segmentation_maps, **kwargs)
 
     def _read(self, argument: str, images: ImageInput, **kwargs: Any) -> list[np.ndarray]:
         """Reads images into channels-first arrays, naming the argument if that fails."""
         try:
             arrays = self._prepare_image_like_inputs(images, **kwargs)
-        except (TypeError, ValueError) as error:
+        except ImageError:
+            raise
+        except (TypeError, ValueError, OSError) as error:
             got = f"an array of shape {tuple(images.shape)}" if hasattr(images, "shape") else repr(images)[:200]
             # Not type(error): subclasses such as UnicodeDecodeError cannot be built from a message.
             raise (TypeError if isinstance(error, TypeError) else ValueError)(
@@ -336,6 +417,35 @@ class RaptorImageProcessor(PilBackend):
                 stacklevel=3,
             )
         return [(int(height), int(width)) for height, width in target_sizes]
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Raises ValueError for settings that no image could be prepared with; None and what is not there are right."""
+    for name in ("size", "crop_size"):
+        size = settings.get(name) or {}
+        sides = {key: size[key] for key in ("height", "width", "shortest_edge", "longest_edge") if size.get(key)}
+        area = sides.get("height", 1) * sides.get("width", 1)
+        if any(not 0 < side <= math.isqrt(MAX_PIXELS) for side in sides.values()) or area > MAX_PIXELS:
+            raise ValueError(f"{name} is {sides}; each side must be from 1 to {math.isqrt(MAX_PIXELS)} pixels")
+    for name in ("rescale_factor", "image_mean", "image_std"):
+        value = settings.get(name)
+        numbers = [] if value is None else [value] if isinstance(value, (int, float)) else list(value)
+        positive = name != "image_mean"
+        if any(not math.isfinite(number) or (positive and number <= 0) for number in numbers):
+            raise ValueError(f"{name} is {value}; it must be {'above 0 and ' if positive else ''}finite")
+
+
+def _check_resized(name: str, height: int, width: int, size: SizeDict) -> None:
+    """Raises ImageError if an image of this height and width is too long, or would be too large once resized."""
+    _check_aspect(name, height, width)
+    shorter, longer = sorted((height, width))
+    if size.shortest_edge and not size.longest_edge:
+        resized = size.shortest_edge, size.shortest_edge * longer // shorter
+        if math.prod(resized) > MAX_PIXELS:
+            raise ImageError(
+                f"{name} is {height} x {width} pixels large and would be {resized[0]} x {resized[1]} with its shortest "
+                f"edge resized; that must be at most {MAX_PIXELS} pixels: crop it first, or choose a smaller size"
+            )
 
 
 def _check_maps(segmentation_maps: list[np.ndarray], images: list[np.ndarray]) -> None:

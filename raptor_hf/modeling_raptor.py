@@ -28,12 +28,14 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_int
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_raptor import RaptorConfig, as_pair
 
+# arguments of a call that are no inputs: of attention kernels, and which outputs to return
+KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "return_dict"}
 CODE_FILES = ("configuration_raptor.py", "modeling_raptor.py", "image_processing_raptor.py")
 
 # a region is traced once and reused wherever it recurs, so that compile time grows with blocks and hardly with steps
@@ -105,9 +107,10 @@ class RaptorEmbeddings(nn.Module):
             registers only.
         """
         patch_height, patch_width = self.patch_embeddings.patch_size
-        size = torch_int(height // patch_height), torch_int(width // patch_width)
+        size = height // patch_height, width // patch_width
         side = math.isqrt(self.patch_embeddings.num_patches)
-        if size == (side, side):
+        # sizes that an exported program leaves open must not be compared: the comparison would close them
+        if not any(isinstance(count, torch.SymInt) for count in size) and size == (side, side):
             return self.position_embeddings
         dim = self.position_embeddings.shape[-1]
         first = 0 if self.cls_token is None else 1
@@ -573,6 +576,8 @@ class RaptorPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(RaptorBlock, index=1),
     }
     _input_embed_layer = "patch_embeddings"
+    # every loss is a mean over its batch, which a Trainer that accumulates gradients must divide by their number
+    accepts_loss_kwargs = False
     # what the configuration says of a class's head
     _head_fields: tuple[str, ...] = ()
 
@@ -724,7 +729,18 @@ class RaptorEncoder(RaptorPreTrainedModel):
         block_repeats: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
-        """`forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`."""
+        """
+        `forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`.
+
+        Raises:
+            TypeError: an argument that no model of this family has, such as `bool_masked_pos`.
+        """
+        unknown = [name for name, value in kwargs.items() if name not in KNOWN_ARGUMENTS and value is not None]
+        if unknown:
+            raise TypeError(
+                f"{unknown[0]} is no argument of this model, whose forward takes pixel_values, num_steps, "
+                "block_repeats, and labels if it has a head; it has no mask token and leaves no token out."
+            )
         # the caller decides on tuples, at its own boundary
         kwargs["return_dict"] = True
         own_plan = num_steps is None and block_repeats is None
@@ -937,7 +953,7 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config.for_segmentation())
         self.raptor = RaptorModel(self.config)
-        self.classifier = _linear(config.hidden_size, config.num_segmentation_labels, "head")
+        self.classifier = _linear(config.hidden_size, self.config.num_segmentation_labels, "head")
         self.post_init()
 
     @can_return_tuple
@@ -954,7 +970,8 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`):
                 Normalised images; H and W multiples of the patch size.
             labels (`torch.LongTensor` of shape `(B, H, W)`, *optional*):
-                Class of every pixel; `segmentation_ignore_index` is left out of the cross-entropy `loss`.
+                Class of every pixel; `segmentation_ignore_index` is left out of the cross-entropy `loss`, which is zero
+                where no other label is.
             num_steps (`int`, *optional*): as in [`RaptorModel.forward`].
             block_repeats (`tuple[int, ...]`, *optional*): as in [`RaptorModel.forward`].
 
@@ -982,7 +999,9 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
         loss = None
         if labels is not None:
             ignore_index = self.config.segmentation_ignore_index
-            loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore_index)
+            total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore_index, reduction="sum")
+            # a batch without a pixel that counts has a loss of zero
+            loss = total / (labels != ignore_index).sum().clamp(min=1)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
 

@@ -8,9 +8,17 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, BeitConfig, Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, ViTConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForSemanticSegmentation,
+    BeitConfig,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    ViTConfig,
+)
 
-from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSemanticSegmentation
+from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSemanticSegmentation, RaptorModel
 from tests.support.tiny_raptors import PLANS, tiny_config
 
 # transformers wraps what its validation finds; the message inside is ours
@@ -243,3 +251,100 @@ def test_value_made_impossible_later_is_refused_at_saving(tmp_path):
         config.save_pretrained(tmp_path)
     with pytest.raises(AttributeError):
         config.num_hidden_layers = 3
+
+
+NAMES = {0: "road", 1: "sky", 2: "sea"}
+
+
+@pytest.mark.parametrize(
+    "loader", [RaptorForSemanticSegmentation, AutoModelForSemanticSegmentation], ids=["own", "auto"]
+)
+@pytest.mark.parametrize(
+    "labels, names",
+    [
+        ({"num_labels": 3, "id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}, NAMES),
+        ({"id2label": {"2": "sea", "0": "road", "1": "sky"}}, NAMES),
+        ({"num_labels": 3}, {i: f"LABEL_{i}" for i in range(3)}),
+    ],
+    ids=["number and names", "names as in a file", "number"],
+)
+def test_labels_given_at_loading_are_the_segmentation_classes(loader, labels, names, tmp_path):
+    RaptorModel(tiny_config(num_labels=4)).save_pretrained(tmp_path / "folder")
+    model = loader.from_pretrained(tmp_path / "folder", **labels)
+    assert model.config.num_segmentation_labels == model.classifier.out_features == 3
+    assert model.config.id2label == names and list(model.config.id2label) == [0, 1, 2]
+    assert model.config.label2id == {name: index for index, name in names.items()}
+    model.save_pretrained(tmp_path / "again")
+    again = loader.from_pretrained(tmp_path / "again")
+    assert again.config.id2label == names and again.classifier.out_features == 3
+    # what the file says of the classifier is as it was
+    assert RaptorForImageClassification.from_pretrained(tmp_path / "folder", **labels).config.id2label == names
+    assert RaptorConfig.from_pretrained(tmp_path / "again").id2label == {i: f"LABEL_{i}" for i in range(4)}
+
+
+def test_number_of_the_segmentation_classes_keeps_their_names(tmp_path):
+    config = tiny_config(num_segmentation_labels=3, segmentation_id2label=NAMES, num_labels=4)
+    RaptorForSemanticSegmentation(config).save_pretrained(tmp_path)
+    assert RaptorForSemanticSegmentation.from_pretrained(tmp_path, num_labels=3).config.id2label == NAMES
+
+
+def test_names_that_do_not_fit_their_number_are_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    for labels, message in (
+        ({"num_labels": 2, "id2label": NAMES}, r"id2label has 3 names, .* it must name each of 0\.\.1"),
+        ({"id2label": {0: "sky", 2: "sea"}}, r"id2label has 2 names, of the classes \[0, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RaptorConfig.from_pretrained(tmp_path, **labels)
+
+
+def test_names_come_in_the_order_of_their_numbers(tmp_path):
+    """A file may list its classes as strings sort: 0, 1, 10, 11, 2, ..."""
+    names = {i: f"class {i}" for i in range(12)}
+    config = tiny_config(num_labels=12, id2label=names, num_segmentation_labels=12, segmentation_id2label=names)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for field in ("id2label", "segmentation_id2label"):
+        saved[field] = {key: saved[field][key] for key in sorted(saved[field])}
+        assert list(saved[field])[:3] == ["0", "1", "10"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = RaptorConfig.from_pretrained(tmp_path)
+    assert list(config.id2label.values()) == list(config.segmentation_id2label.values()) == list(names.values())
+    assert list(config.for_segmentation().id2label.values()) == list(names.values())
+
+
+HUGE: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": 10**12 + 39}, "hidden_size is 1000000000039; it must be at most 65536"),
+    ({"block_repeats": [10**8, 1, 1]}, "block_repeats is .*sums to 100000002 steps; it must be at most 10000"),
+    ({"block_repeats": [1] * 20_000}, r"block_repeats is \(1, 1.*\)\.\.\..*sums to 20000 steps"),
+    ({"num_segmentation_labels": 10**9}, "num_segmentation_labels is 1000000000; it must be at most 100000"),
+    ({"num_labels": 10**9}, "num_labels is 1000000000; it must be at most 100000"),
+    ({"num_depth_bins": 10**9}, "num_depth_bins is 1000000000"),
+    ({"intermediate_size": 10**12}, "intermediate_size is 1000000000000"),
+    ({"image_size": [10**9, 10**9]}, r"image_size is \[1000000000, 1000000000\]; it must be at most 65536"),
+    ({"patch_size": 10**9}, "patch_size is 1000000000"),
+    ({"num_register_tokens": 10**9}, "num_register_tokens is 1000000000"),
+    ({"num_channels": 10**9}, "num_channels is 1000000000"),
+    ({"conditioning_rank": 10**9}, "conditioning_rank is 1000000000"),
+    ({"image_size": 65536, "patch_size": 1, "hidden_size": 3072}, r"this model would take 5\.3e\+13 bytes in float32"),
+    ({"hidden_size": 49152, "block_repeats": [1] * 200}, "this model would take .* bytes in float32"),
+]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("fields, message", HUGE, ids=[str(fields)[:40] for fields, _ in HUGE])
+def test_absurd_size_is_refused_before_anything_of_it_is_made(fields, message, tmp_path):
+    with pytest.raises(REFUSALS, match=re.compile(message, re.DOTALL)):
+        tiny_config(**fields)
+    tiny_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | fields))
+    with pytest.raises(REFUSALS, match=re.compile(message, re.DOTALL)):
+        RaptorConfig.from_pretrained(tmp_path)
+
+
+def test_absurd_number_of_steps_is_refused_at_run_time():
+    with pytest.raises(ValueError, match="num_steps is 1000000000; it must be an integer from 1 to 10000"):
+        tiny_config().step_plan(num_steps=10**9)
+    with pytest.raises(ValueError, match="block_repeats"):
+        tiny_config().step_plan(block_repeats=(10**9, 1, 1))

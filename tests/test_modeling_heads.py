@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, RaptorForSemanticSegmentation
-from tests.support.tiny_raptors import HEADS, tiny_images, tiny_labels, tiny_model
+from tests.support.tiny_raptors import ALL_CLASSES, HEADS, tiny_images, tiny_labels, tiny_model
 
 
 def test_classifier_sees_cls_and_the_mean_of_the_patches():
@@ -134,3 +135,65 @@ def test_heads_run_other_plans_as_the_model_does(model_class):
             states = model(tiny_images(), **arguments, output_hidden_states=True).hidden_states
             expected = model.raptor(tiny_images(), **arguments, output_hidden_states=True).hidden_states
             assert all(torch.equal(a, b) for a, b in zip(states, expected, strict=True))
+
+
+def test_segmentation_without_a_pixel_that_counts_has_no_gradient():
+    model = tiny_model(RaptorForSemanticSegmentation)
+    loss = model(tiny_images(), labels=torch.full((2, 16, 16), 255)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_class", ALL_CLASSES)
+@pytest.mark.parametrize("argument", ["bool_masked_pos", "num_step"])
+def test_argument_that_the_model_does_not_have_is_refused(model_class, argument):
+    model = tiny_model(model_class)
+    with pytest.raises(TypeError, match=f"{argument} is no argument of this model.* num_steps, block_repeats"):
+        model(tiny_images(), **{argument: torch.ones(2, 16, dtype=torch.bool)})
+    with torch.no_grad():
+        model(tiny_images(), bool_masked_pos=None, output_attentions=False, is_causal=False)
+
+
+class LossesOf(TrainerCallback):
+    """Keeps the losses that a trainer logs, and the gradients of its first step."""
+
+    def __init__(self) -> None:
+        self.losses, self.gradients = [], {}
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs) -> None:
+        self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        self.losses += [logs["loss"]] if "loss" in logs else []
+
+
+@pytest.mark.parametrize(
+    "model_class, fields", [(head, {}) for head in HEADS] + [(HEADS[0], {"num_labels": 1})], ids=str
+)
+def test_trainer_that_accumulates_gradients_has_the_loss_and_gradients_of_one_batch(model_class, fields, tmp_path):
+    labels = torch.cat([tiny_labels(model_class)] * 4) if not fields else torch.linspace(-1, 1, 8)
+    rows = [{"pixel_values": image, "labels": label} for image, label in zip(tiny_images(8), labels, strict=True)]
+    if model_class is RaptorForDepthEstimation:
+        # its loss is no mean over images: where all are equal, it is the same for any number of them
+        rows = [rows[0]] * 8
+    seen = []
+    for batch, accumulated in ((8, 1), (2, 4)):
+        seen.append(LossesOf())
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            max_steps=1,
+            logging_steps=1,
+            max_grad_norm=0.0,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(tiny_model(model_class, **fields), arguments, train_dataset=rows, callbacks=[seen[-1]])
+        trainer.train()
+    assert seen[1].losses == pytest.approx(seen[0].losses, rel=1e-3)
+    for name, gradient in seen[0].gradients.items():
+        assert (seen[1].gradients[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name

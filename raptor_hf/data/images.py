@@ -32,13 +32,14 @@ from datasets import (
     concatenate_datasets,
     load_dataset,
 )
+from raptor_settings.resources import find_model
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 # The top-level name raises ImportError without torchvision in transformers 5.17; this one works everywhere.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from raptor_settings.resources import find_model
+from ..image_processing_raptor import ImageError, viewed_image
 
 _SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
 
@@ -130,7 +131,9 @@ class ImageSet:
         if stored is None:
             raise ImageDecodeError(name, "the row holds no image")
         try:
-            image = Image(mode="RGB").decode_example(stored)
+            image = viewed_image(Image().decode_example(stored)).convert("RGB")
+        except ImageError as error:
+            raise ImageDecodeError(name, str(error)) from error
         except Exception as error:
             # Pillow's format plugins raise nearly anything on damaged bytes: OSError, SyntaxError, ValueError,
             # struct.error, IndexError, DecompressionBombError, ...
