@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, RaptorForSemanticSegmentation, RaptorModel
 from raptor_hf.hub.student_card import make_card
+from raptor_hf.recipes.run_metrics import StudentMetrics
 from tests.support.hub_server import front_matter_problem
 from tests.support.published_run import SETTINGS, metrics, probe
 from tests.support.tiny_raptors import tiny_config
@@ -22,8 +23,10 @@ CLASSES = {
 
 
 def card(numbers=None, settings=None, config=None, **options) -> ModelCard:
+    if teacher := options.get("teacher_metrics"):
+        options["teacher_metrics"] = StudentMetrics.from_dict(teacher)
     return make_card(
-        metrics() if numbers is None else numbers,
+        StudentMetrics.from_dict(metrics() if numbers is None else numbers),
         SETTINGS | (settings or {}),
         config or tiny_config(depth_conditioning="low_rank"),
         **dict(
