@@ -49,8 +49,6 @@ from raptor_hf.recipes.settings import user_errors
 
 # what a repository may hold before the first model comes
 WITHOUT_MODEL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md"}
-
-
 NO_TOKEN = "there is no token for the Hub; run `hf auth login`, or set HF_TOKEN"
 
 
