@@ -36,13 +36,15 @@ from raptor_hf.data.images import ImageSet, check_image_size, load_image_process
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.distillation.student import block_parameters, choose_partition, make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
+from raptor_hf.hub.heads import backbone_fingerprint
+from raptor_hf.hub.publication import write_card
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import (
     Partition,
 )
 from raptor_hf.recipes.checkpoint import resume_run, save_run
-from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.files import as_plain, write_json, written_beside
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
@@ -51,6 +53,7 @@ from raptor_hf.recipes.loop import (
     warn_if_single_thread,
 )
 from raptor_hf.recipes.optimizers import check_optimizer, make_optimizer
+from raptor_hf.recipes.run_metrics import StudentMetrics
 from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
@@ -135,7 +138,7 @@ def main() -> None:
         metrics |= describe_run(run, partition, seconds)
         save_outputs(run, partition, metrics, weights, folder)
         print_table(metrics)
-        print(f"saved to {folder}: the model, metrics.json and figures/")
+        print(f"saved to {folder}: the model, its card README.md, metrics.json and figures/")
     accelerator.end_training()
 
 
@@ -484,7 +487,7 @@ class Run:
 
 
 def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> dict[str, Any]:
-    """What metrics.json says beside the fidelity."""
+    """All fields of metrics.json except the fidelity."""
     settings, teacher, student = run.settings, run.teacher, run.student.base_model.eval()
     size = check_image_size(run.processor, teacher.patch_size)  # of these images, not of the position embeddings
     image = torch.zeros(1, student.config.num_channels, *size, device=run.accelerator.device)
@@ -507,7 +510,7 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> d
 def save_outputs(
     run: Run, partition: Partition, metrics: dict[str, Any], weights: dict[str, Tensor], folder: Path
 ) -> None:
-    """The model, its image processor, metrics.json and the figures."""
+    """Save the model, its image processor, metrics.json, the figures and the card."""
     prefix = "student."
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     not_finite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
@@ -515,12 +518,15 @@ def save_outputs(
         raise RuntimeError(f"the student's weights are not finite in {not_finite[:5]}; nothing was saved")
     student = run.student
     student.eval()
-    student.save_pretrained(folder, state_dict=state)
-    RaptorImageProcessor.from_teacher(run.processor).save_pretrained(folder)
+    with written_beside(folder) as place:
+        student.save_pretrained(place, state_dict=state)
+        RaptorImageProcessor.from_teacher(run.processor).save_pretrained(place)
     figures.plot_fidelity(metrics["fidelity"], partition, folder / "figures" / "fidelity.png")
     figures.plot_losses(run.histories, folder / "figures" / "losses.png")
     write_json(folder / "losses.json", {f"stage{stage}": history for stage, history in run.histories.items()})
-    write_json(folder / "metrics.json", metrics)
+    # heads that are trained on this backbone will carry its fingerprint
+    StudentMetrics.from_dict(as_plain(metrics | {"backbone": backbone_fingerprint(folder)})).write(folder)
+    write_card(folder)
 
 
 def print_table(metrics: dict[str, Any]) -> None:

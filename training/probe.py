@@ -19,7 +19,6 @@ if __name__ == "__main__":
 
 import copy
 import functools
-import json
 import logging
 import operator
 import shlex
@@ -48,7 +47,7 @@ from raptor_hf.data.dense import DenseSet, open_dense
 from raptor_hf.data.images import ImageSet, check_image_size, check_labels, load_image_processor, open_images
 from raptor_hf.data.loaders import EpochOrder, ImageLoader, eval_loader, train_loader
 from raptor_hf.data.transforms import CropFlip, DepthCollate, SegmentationCollate
-from raptor_hf.hub.heads import check_head, list_heads, save_head
+from raptor_hf.hub.heads import check_head, check_variant, list_heads, save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.metrics import NYU_SIZE
 from raptor_hf.probing import (
@@ -65,7 +64,7 @@ from raptor_hf.probing import (
     pool_features,
 )
 from raptor_hf.recipes.checkpoint import resume_run, save_run
-from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.files import as_plain, write_json, written_beside
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
@@ -73,6 +72,7 @@ from raptor_hf.recipes.loop import (
     describe_environment,
     warn_if_single_thread,
 )
+from raptor_hf.recipes.run_metrics import METRICS_FILE, ProbeRecord, StudentMetrics
 from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import count_parameters, macs
 
@@ -144,6 +144,7 @@ class Inputs:
 
 def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     """Everything that can be wrong with backbone, images and truth, before any work starts."""
+    check_variant(settings.variant)
     for name in ("batch_size", "eval_batch_size"):
         if getattr(settings, name) % accelerator.num_processes:
             raise ValueError(
@@ -562,7 +563,7 @@ class Run:
 
 
 def describe_probe(run: Run) -> dict[str, Any]:
-    """What metrics.json says under "probes" of this head."""
+    """The entry of this head under "probes" in metrics.json."""
     settings, metric = run.settings, run.settings.metric
     higher_is_better = PROTOCOLS[settings.task].metrics[metric]
     last = [evaluations[-1] for evaluations in run.evaluations]
@@ -609,15 +610,14 @@ def save_outputs(run: Run) -> None:
     save_head(probe.model, folder, settings.variant)
     if own_head and "teacher" in list_heads(folder):
         print(f"the classifier that {folder} had of its own is now its variant 'teacher'")
-    metrics_file = folder / "metrics.json"
-    known = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.exists() else {}
-    metrics = known or describe_backbone(inputs)
-    metrics.setdefault("probes", {})[settings.variant] = record
-    write_json(metrics_file, metrics)
+    has_metrics = (folder / METRICS_FILE).exists()
+    metrics = StudentMetrics.read(folder) if has_metrics else StudentMetrics.from_dict(describe_backbone(inputs))
+    metrics.probes[settings.variant] = ProbeRecord.from_dict(as_plain(record))
+    metrics.write(folder)
     checks = quick_checks(run, settings.knn_k) if settings.quick_checks else None
     if checks:
-        metrics.setdefault("quick_checks", {})[settings.variant] = checks
-        write_json(metrics_file, metrics)
+        metrics.quick_checks[settings.variant] = checks
+        metrics.write(folder)
     print_table(record, checks)
     print(f"saved to {folder}: the head of seed {settings.seeds[0]} as variant {settings.variant!r}, and metrics.json")
     for place in {run.folder, folder}:
@@ -629,20 +629,21 @@ def save_backbone(run: Run) -> Path:
     """A teacher as a Raptor, anew: what an overridden run left in the folder must not be taken for it."""
     for path in (*run.folder.glob("head-*.safetensors"), *run.folder.glob("model.safetensors.index.*.json")):
         path.unlink()
-    (run.folder / "metrics.json").unlink(missing_ok=True)
-    run.inputs.backbone.model.save_pretrained(run.folder)
+    (run.folder / METRICS_FILE).unlink(missing_ok=True)
     processor = copy.deepcopy(run.inputs.processor)
     if run.settings.task == "semantic-segmentation":  # as the head was trained
         height, width = run.inputs.image_size
         processor.size, processor.do_center_crop = {"height": height, "width": width}, False
     elif run.settings.task == "depth-estimation":
         processor.do_resize = processor.do_center_crop = False
-    processor.save_pretrained(run.folder)
+    with written_beside(run.folder) as place:
+        run.inputs.backbone.model.save_pretrained(place)
+        processor.save_pretrained(place)
     return run.folder
 
 
 def describe_backbone(inputs: Inputs) -> dict[str, Any]:
-    """What metrics.json says of a backbone that no distillation made; its cost is that of the size it is for."""
+    """metrics.json of a backbone that no distillation made; its cost is that of the size that it is for."""
     backbone = inputs.backbone
     image = torch.zeros(1, backbone.model.config.num_channels, *as_pair(backbone.model.config.image_size))
     return {

@@ -4,10 +4,12 @@
     python training/publish.py runs/digits_k3 --repo-id ORG/NAME             # and upload it, in one commit
     AutoModel.from_pretrained("ORG/NAME")      # with raptor_hf imported, or with trust_remote_code=True
 
-The token is that of `hf auth login` or of HF_TOKEN. Only the files of a fixed list go up; paths that lead out of the
-working directory and the names of user and host are taken out of them, and a file that still holds some is refused.
-The commit is the last request of all: before it the repository is what it was, after it the new model is whole. An
-upload that was cut off goes on with the same command. It takes as long as the weights need to go up.
+A dry run needs neither a token nor the network: it checks what can be checked, writes the card into RUN_FOLDER as
+README.md and says what is left. The token is that of `hf auth login` or of HF_TOKEN. Only the files of a fixed list go
+up; paths that lead out of the working directory and the names of user and host are taken out of them, and a file that
+still holds some is refused. The commit is the last request of all: before it the repository is what it was, after it
+the new model is whole. An upload that was cut off goes on with the same command. It takes as long as the weights need
+to go up.
 """
 
 import sys
@@ -20,9 +22,7 @@ if __name__ == "__main__":
     parse_settings(PublishSettings, with_folder_first(sys.argv[1:]))
 
 import contextlib
-import getpass
 import json
-import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,12 +42,18 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session, hf_raise_for_status
 
 from raptor_hf import RaptorConfig
-from raptor_hf.hub.privacy import PrivateData
+from raptor_hf.hub.privacy import PrivateData, blot_tokens
 from raptor_hf.hub.publication import Publication, is_published, make_publication
+from raptor_hf.recipes.files import write_text_atomically
 from raptor_hf.recipes.settings import user_errors
 
 # what a repository may hold before the first model comes
 WITHOUT_MODEL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md"}
+NO_TOKEN = "there is no token for the Hub; run `hf auth login`, or set HF_TOKEN"
+
+
+class Unreachable(ConnectionError):
+    """The Hub gives no answer."""
 
 
 @dataclass(frozen=True)
@@ -64,29 +70,55 @@ def main() -> None:
     huggingface_hub.logging.set_verbosity_error()  # retries are logged with the signed addresses of uploads
     with user_errors():
         token = get_token()
-        private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), token, (settings.repo_id,))
         publication = make_publication(
             settings.run_folder,
             settings.repo_id,
-            private,
+            PrivateData.of_this_machine(settings.repo_id),
             revision=settings.revision,
             teacher_run=settings.teacher_run,
             base_model=settings.base_model,
             license=settings.license,
+            needs_license=not settings.dry_run,
         )
         print_files(publication)
+        if settings.dry_run:
+            dry_run(settings, publication, token)
+            return
         if token is None:
-            raise ValueError("there is no token for the Hub; run `hf auth login`, or set HF_TOKEN")
+            raise ValueError(NO_TOKEN)
         api = HfApi(token=token)
         with hub_errors(token):
             target = check_hub(api, settings, publication)
-        for path in target.stale:
-            print(f"{'removed':>15}  {path}")
-        if settings.dry_run:
-            print(f"nothing was uploaded to {settings.repo_id}: this was a dry run, and all checks passed")
-            return
+        print_stale(target)
         with hub_errors(token):
             print(upload(api, settings, publication, target))
+
+
+def dry_run(settings: PublishSettings, publication: Publication, token: str | None) -> None:
+    """Checks the Hub as far as it can be reached, writes the card into the run's folder, and says what is left."""
+    card = Path(settings.run_folder) / "README.md"
+    write_text_atomically(card, publication.files["README.md"].decode())
+    left = []
+    if publication.card.data.license is None:
+        left.append("the licence of the teacher is not known here; give --license, such as apache-2.0")
+    if token is None:
+        left.append(f"{NO_TOKEN}; its rights, the name on the Hub and the Hub's check of the card are not checked")
+    else:
+        try:
+            with hub_errors(token):
+                print_stale(check_hub(HfApi(token=token), settings, publication))
+        except (Unreachable, OfflineModeIsEnabled) as error:
+            left.append(f"{' '.join(str(error).split())}; token, name and the Hub's check of the card are not checked")
+    for line in left:
+        print(f"{'left':>15}  {line}")
+    checked = "all checks passed" if not left else "all checks passed but for what is left"
+    print(f"the card is {card}; nothing was uploaded to {settings.repo_id}: this was a dry run, and {checked}")
+
+
+def print_stale(target: Target) -> None:
+    """The files that the upload removes."""
+    for path in target.stale:
+        print(f"{'removed':>15}  {path}")
 
 
 @contextlib.contextmanager
@@ -103,8 +135,10 @@ def hub_errors(token: str) -> Iterator[None]:
         # an upload in a thread fails with a RuntimeError around the reason; that of xet, the default way up, fails
         # with any of the last three, whose text may hold signed addresses
         reason = error if isinstance(error, HTTPError) else error.__cause__
-        message = explain(reason if isinstance(reason, HTTPError) else error)
-        raise ConnectionError(message.replace(token, "(token)")) from None
+        reason = reason if isinstance(reason, HTTPError) else error
+        message = explain(reason).replace(token, "(token)")
+        silent = isinstance(reason, HTTPError) and getattr(reason, "response", None) is None
+        raise (Unreachable if silent else ConnectionError)(message) from None
 
 
 def explain(error: Exception) -> str:
@@ -117,7 +151,7 @@ def explain(error: Exception) -> str:
         return f"no answer from the Hub ({type(error).__name__}); {again}"
     said = getattr(error, "server_message", None) or response.headers.get("X-Error-Message")
     answer = f"the Hub answered {response.status_code} to {response.request.method} {response.request.url.path}"
-    answer += f" ({' '.join(said.split())})" if said else ""
+    answer += f" ({' '.join(blot_tokens(said).split())})" if said else ""
     if response.status_code == 401:
         return f"{answer}: the token is not valid; run `hf auth login`"
     if response.status_code == 403:
@@ -171,7 +205,7 @@ def validate_card(api: HfApi, card: ModelCard) -> None:
     response = get_session().post(f"{api.endpoint}/api/validate-yaml", json={"repoType": "model", "content": str(card)})
     if response.status_code == 400:
         errors = "; ".join(str(error.get("message")) for error in response.json().get("errors", []))
-        raise ValueError(f"the Hub refuses the card: {errors or response.text}")
+        raise ValueError(f"the Hub refuses the card: {blot_tokens(errors or response.text)}")
     hf_raise_for_status(response)
 
 

@@ -34,7 +34,7 @@ from raptor_hf.data.images import ImageSet, augment, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import TopKAccuracy
 from raptor_hf.recipes.checkpoint import resume_run, save_run
-from raptor_hf.recipes.files import write_json
+from raptor_hf.recipes.files import as_plain, write_json, written_beside
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
@@ -42,6 +42,7 @@ from raptor_hf.recipes.loop import (
     describe_environment,
     warn_if_single_thread,
 )
+from raptor_hf.recipes.run_metrics import TeacherMetrics
 from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 from raptor_hf.teacher import count_parameters
 
@@ -87,8 +88,9 @@ def main() -> None:
         if not_finite := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
             raise RuntimeError(f"the weights are not finite in {not_finite[:5]}; nothing was saved")
         model = accelerator.unwrap_model(model)
-        model.save_pretrained(folder, state_dict=weights)
-        processor.save_pretrained(folder)
+        with written_beside(folder) as place:
+            model.save_pretrained(place, state_dict=weights)
+            processor.save_pretrained(place)
         seconds = progress["log"]["seconds"]  # of the loop, evaluations included
         metrics = {
             "accuracy": progress["evaluations"][-1]["accuracy"],
@@ -100,7 +102,7 @@ def main() -> None:
             "seed": settings.seed,
             **describe_environment(accelerator.device),
         }
-        write_json(folder / "metrics.json", metrics)
+        TeacherMetrics.from_dict(as_plain(metrics)).write(folder)
         write_json(folder / "losses.json", progress["log"]["history"])
         plot_training(progress, folder / "figures" / "training.png")
         print(f"test accuracy {metrics['accuracy']:.2%} with {metrics['parameters']:,} parameters, saved to {folder}")

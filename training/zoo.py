@@ -1,28 +1,27 @@
-"""The zoo: the models that were trained here, one folder each in model_cards/, and their table in the README.
+"""The zoo: the models that were trained here, one folder each in model_cards/, and their table in its README.md.
 
     python training/zoo.py                                            # writes the table anew, in seconds
     python training/zoo.py --add runs/digits_k3 --name digits-k3      # copies a run there first, with a card
+    python training/zoo.py --refresh                                  # writes the students' cards anew, too
 
 A run of distill.py goes in as publish.py would upload it, without private data, and without code: whoever has this
-repository has that. A run of train_teacher.py goes in the same way. The table stands between two comments in the
-README, with the command that makes each model below it. Rows of our models come from their metrics.json and
-resolved.yaml; those of the published students, which were not trained here, from training/configs/zoo.yaml and the
+repository has that. A run of train_teacher.py goes in the same way. The table stands between two comments in
+model_cards/README.md, with the command that makes each model below it. Rows of our models come from their metrics.json
+and resolved.yaml; those of the published students, which were not trained here, from training/configs/zoo.yaml and the
 configs that it names.
 """
 
-import getpass
 import json
+import os
 import re
 import shutil
-import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import get_token
 from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -30,9 +29,18 @@ from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.hub.card_words import dataset_label, describe_training
 from raptor_hf.hub.privacy import PrivateData, check_private
-from raptor_hf.hub.publication import Publication, collect_files, is_hub_dataset, make_publication, read_json
+from raptor_hf.hub.publication import (
+    Publication,
+    card_bytes,
+    check_license,
+    collect_files,
+    is_hub_dataset,
+    make_publication,
+    read_settings,
+)
 from raptor_hf.hub.teacher_card import make_teacher_card
 from raptor_hf.recipes.files import rename_over, write_text_atomically
+from raptor_hf.recipes.run_metrics import METRICS_FILE, Fidelity, RunMetrics, StudentMetrics, TeacherMetrics
 from raptor_hf.recipes.settings import RESOLVED_FILE, parse_settings, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
 
@@ -63,10 +71,11 @@ class ZooSettings:
     """Where the zoo is, and what comes into it."""
 
     cards_dir: str = "model_cards"
-    readme: str = "README.md"
+    readme: str = "model_cards/README.md"  # holds the table, between two comments
     published: str = "training/configs/zoo.yaml"  # students that were not trained here
     add: str | None = None  # folder of a run of distill.py or train_teacher.py
     name: str | None = None  # of the new model's folder
+    refresh: bool = False  # writes the cards of all students anew
     # as in publish.py; the first two are for students
     teacher_run: str | None = None
     base_model: str | None = None
@@ -74,7 +83,9 @@ class ZooSettings:
 
     def __post_init__(self) -> None:
         if (self.add is None) != (self.name is None):
-            raise ValueError("add and name go together: the folder of a run, and what it is called in the zoo")
+            raise ValueError("add and name go together: the folder of a run, and its name in the zoo")
+        if self.license is not None:
+            check_license({"license": self.license})
         if self.name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):
             raise ValueError(f"name is {self.name!r}; it must be made of small letters, digits, '.', '_' and '-'")
 
@@ -102,9 +113,14 @@ def main() -> None:
     with user_errors():
         if settings.add is not None:
             add_model(settings)
+        if settings.refresh:
+            for folder in filter(is_student, model_folders(settings.cards_dir)):
+                add_model(replace(settings, add=folder.as_posix(), name=folder.name))
+                print(f"wrote the card of {folder}")
         readme = Path(settings.readme)
         text = readme.read_text(encoding="utf-8")
-        write_text_atomically(readme, with_table(text, make_table(settings.cards_dir, settings.published)))
+        table = make_table(settings.cards_dir, settings.published, readme.parent)
+        write_text_atomically(readme, with_table(text, table))
     print(f"wrote the table of the zoo into {readme}")
 
 
@@ -118,13 +134,13 @@ def add_model(settings: ZooSettings) -> Path:
         ValueError: what publish.py would refuse too, or the name of another kind of model.
     """
     run, folder = Path(settings.add), Path(settings.cards_dir) / settings.name
-    is_teacher = "teacher" not in read_resolved(run)
+    is_teacher = "teacher" not in read_settings(run)
     if folder.exists() and (is_teacher or not is_student(folder)):
         kind = "holds a student already" if is_student(folder) else "holds something else than a student"
         raise ValueError(f"name is {settings.name!r}, but {folder} {kind}; choose another, or remove that folder first")
     if is_teacher and (settings.teacher_run or settings.base_model):
         raise ValueError(f"teacher_run and base_model are for students; {run} is a run of train_teacher.py")
-    private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), get_token())
+    private = PrivateData.of_this_machine()
     gather = gather_teacher if is_teacher else gather_student
     publication = gather(run, folder, private, settings)
     sizes = publication.sizes()
@@ -141,7 +157,7 @@ def add_model(settings: ZooSettings) -> Path:
 
 def gather_student(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
     """The files of a run of distill.py, with a link to its teacher's card where that is in the zoo too."""
-    card = Path(read_resolved(run)["teacher"]) / "README.md"
+    card = Path(read_settings(run)["teacher"]) / "README.md"
     in_zoo = card.is_file() and card.resolve().parents[1] == folder.resolve().parent
     return make_publication(
         run,
@@ -157,7 +173,7 @@ def gather_student(run: Path, folder: Path, private: PrivateData, settings: ZooS
 
 def gather_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooSettings) -> Publication:
     """The files of a run of train_teacher.py."""
-    metrics, resolved = read_json(run / "metrics.json"), read_resolved(run)
+    metrics, resolved = TeacherMetrics.read(run), read_settings(run)
     if not {"dataset", "num_layers"} <= resolved.keys():
         raise ValueError(f"{run} is not a run of train_teacher.py: {RESOLVED_FILE} names no dataset or no num_layers")
     datasets = [resolved["dataset"]] if is_hub_dataset(resolved["dataset"]) else []
@@ -171,7 +187,7 @@ def gather_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooS
     if bad or any(report.values()):
         raise ValueError(f"the weights in {run} are not finite, or not what config.json describes: {bad or report}")
     card = make_teacher_card(
-        private.remove(metrics),
+        TeacherMetrics.from_dict(private.remove(metrics.to_dict())),
         private.remove(resolved),
         model.config,
         json.loads(files["preprocessor_config.json"]),
@@ -181,26 +197,14 @@ def gather_teacher(run: Path, folder: Path, private: PrivateData, settings: ZooS
     )
     # what the figure shows stands in the card
     files = {path: content for path, content in files.items() if not path.startswith("figures/")}
-    files = {"README.md": f"{str(card).rstrip()}\n".encode()} | files
+    files = {"README.md": card_bytes(card)} | files
     check_private(files, private)
     return Publication(files, card)
 
 
-def read_resolved(folder: Path) -> dict[str, Any]:
-    """The settings of a run.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    path = folder / RESOLVED_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {RESOLVED_FILE}: it is not the folder of a run")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
-
-
 def is_student(folder: Path) -> bool:
     """Whether a folder of the zoo holds a student."""
-    return (folder / RESOLVED_FILE).is_file() and "teacher" in read_resolved(folder)
+    return (folder / RESOLVED_FILE).is_file() and "teacher" in read_settings(folder)
 
 
 def write_folder(folder: Path, files: dict[str, bytes | Path]) -> None:
@@ -220,22 +224,35 @@ def write_folder(folder: Path, files: dict[str, bytes | Path]) -> None:
         shutil.rmtree(replaced)
 
 
-def make_table(cards_dir: str | Path, published: str | Path) -> str:
+def model_folders(cards_dir: str | Path) -> list[Path]:
+    """The folders of all models that were trained here, teachers first.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folders = sorted(path.parent for path in Path(cards_dir).glob(f"[!.]*/{METRICS_FILE}"))
+    if not folders:
+        raise FileNotFoundError(f"cards_dir is {str(cards_dir)!r}, which holds no model: there is no */{METRICS_FILE}")
+    return sorted(folders, key=is_student)
+
+
+def make_table(cards_dir: str | Path, published: str | Path, page_dir: str | Path) -> str:
     """The table of all models, teachers first and the published students last, and the commands that make them.
 
     Args:
         cards_dir: of the models that were trained here.
         published: file like training/configs/zoo.yaml.
+        page_dir: folder of the page that holds the table; links are relative to it, commands to the working directory.
 
     Raises:
         FileNotFoundError: there is no model, or no such file.
     """
-    folders = sorted(path.parent for path in Path(cards_dir).glob("[!.]*/metrics.json"))
-    if not folders:
-        raise FileNotFoundError(f"{cards_dir} holds no model: no */metrics.json")
-    folders.sort(key=is_student)
-    rows = [student_row(folder) if is_student(folder) else teacher_row(folder) for folder in folders]
-    rows += published_rows(Path(published))
+    page_dir = Path(page_dir)
+    rows = [
+        student_row(folder, page_dir) if is_student(folder) else teacher_row(folder, page_dir)
+        for folder in model_folders(cards_dir)
+    ]
+    rows += published_rows(Path(published), page_dir)
     titles, alignments = zip(*COLUMNS.values(), strict=True)
     lines = [titles, alignments, *([getattr(row, name) for name in COLUMNS] for row in rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -244,34 +261,36 @@ def make_table(cards_dir: str | Path, published: str | Path) -> str:
     return f"{table}\n\n{said}\n\n```bash\n{commands}\n```"
 
 
-def teacher_row(folder: Path) -> Row:
+def teacher_row(folder: Path, page_dir: Path) -> Row:
     """A teacher, by what train_teacher.py wrote."""
-    metrics, settings = read_json(folder / "metrics.json"), read_resolved(folder)
+    metrics, settings = TeacherMetrics.read(folder), read_settings(folder)
     return Row(
-        **_row_of_folder(folder, metrics, settings, "train_teacher.py"),
+        **_row_of_folder(folder, page_dir, metrics, settings, "train_teacher.py"),
         blocks=f"{settings['num_layers']} layers",
-        parameters=_millions(metrics.get("parameters")),
-        accuracy=_percent(metrics.get("accuracy")),
+        parameters=_millions(metrics.parameters),
+        accuracy=_percent(metrics.accuracy),
     )
 
 
-def student_row(folder: Path) -> Row:
+def student_row(folder: Path, page_dir: Path) -> Row:
     """A student, by what distill.py wrote; its accuracy is that with the teacher's classifier, untouched."""
-    metrics, settings = read_json(folder / "metrics.json"), read_resolved(folder)
-    fidelity, parameters = metrics["fidelity"], metrics.get("parameters") or {}
-    accuracy, r2 = fidelity.get("student_accuracy"), fidelity["r2"][-1]
+    metrics, settings = StudentMetrics.read(folder), read_settings(folder)
+    fidelity = metrics.fidelity or Fidelity()
+    accuracy, r2 = fidelity.student_accuracy, fidelity.r2[-1] if fidelity.r2 else None
     return Row(
-        **_row_of_folder(folder, metrics, settings, "distill.py"),
-        teacher=Path(metrics["teacher"]["name"]).name,
-        blocks=_blocks([len(layers) for layers in metrics["blocks"]]),
-        parameters=_millions(parameters.get("student"), parameters.get("teacher")),
+        **_row_of_folder(folder, page_dir, metrics, settings, "distill.py"),
+        teacher=Path(metrics.teacher.name).name if metrics.teacher else UNKNOWN,
+        blocks=_blocks([len(layers) for layers in metrics.blocks]) if metrics.blocks else UNKNOWN,
+        parameters=_millions(metrics.parameters.student, metrics.parameters.teacher),
         accuracy=_percent(accuracy),
-        retained=_retained(accuracy, fidelity.get("teacher_accuracy")),
+        retained=_retained(accuracy, fidelity.teacher_accuracy),
         r2=UNKNOWN if r2 is None else f"{r2:.3f}",
     )
 
 
-def _row_of_folder(folder: Path, metrics: dict[str, Any], settings: dict[str, Any], script: str) -> dict[str, str]:
+def _row_of_folder(
+    folder: Path, page_dir: Path, metrics: RunMetrics, settings: dict[str, Any], script: str
+) -> dict[str, str]:
     """The cells that teachers and students have alike; the command repeats the run with the settings that it left."""
     data, config = dataset_label(settings["dataset"]), (folder / RESOLVED_FILE).as_posix()
     elsewhere = "" if data == settings["dataset"] else " --dataset PATH"
@@ -281,15 +300,15 @@ def _row_of_folder(folder: Path, metrics: dict[str, Any], settings: dict[str, An
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return {
         "command": f"accelerate launch training/{script} {config}{elsewhere}",
-        "model": f"[{folder.name}]({folder.as_posix()}/README.md)",
+        "model": f"[{folder.name}]({_link(folder / 'README.md', page_dir)})",
         "data": data.rpartition("/")[2],
-        "config": f"[yaml]({config})",
+        "config": f"[yaml]({_link(config, page_dir)})",
         "weights": f"here, {num_bytes / 1e6:.1f} MB" if num_bytes else "not here",
         "cost": ", ".join(filter(None, cost)) or UNKNOWN,
     }
 
 
-def published_rows(path: Path) -> list[Row]:
+def published_rows(path: Path, page_dir: Path) -> list[Row]:
     """The students that were not trained here, in the order of the file.
 
     Raises:
@@ -318,7 +337,7 @@ def published_rows(path: Path) -> list[Row]:
                 accuracy=UNKNOWN if accuracy is None else f"{accuracy:.1f} ± {deviation:.1f} %, paper's",
                 retained=_retained(accuracy, teacher.get("accuracy"), unit=1),
                 cost="not trained by us",
-                config=f"[yaml]({config.as_posix()})",
+                config=f"[yaml]({_link(config, page_dir)})",
                 weights="none",
             )
         )
@@ -336,15 +355,19 @@ def count_both(settings: DistillSettings, teacher_config: dict[str, Any]) -> tup
 
 
 def with_table(text: str, table: str) -> str:
-    """The README with a new table between the two comments.
+    """The page with a new table between the two comments.
 
     Raises:
         ValueError: the comments are not there once each, in their order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"the README must hold the lines {BEGIN!r} and {END!r} once each, in this order")
+        raise ValueError(f"the page must hold the lines {BEGIN!r} and {END!r} once each, in this order")
     before, rest = text.split(BEGIN)
     return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def _link(path: str | Path, page_dir: Path) -> str:
+    return Path(os.path.relpath(path, page_dir)).as_posix()
 
 
 def _blocks(repeats: Sequence[int]) -> str:

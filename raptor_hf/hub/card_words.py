@@ -6,6 +6,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..recipes.run_metrics import RunMetrics
+
+# what Markdown, HTML or a template would read as more than text
+_MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "`": "&#96;", "|": "&#124;", "{{": "&#123;&#123;", "{%": "&#123;%"}
+
 
 def dataset_label(name: str | None) -> str | None:
     """A short name of a data set: that on the Hub or "digits" as it is, of a path its last part without pattern.
@@ -23,12 +28,24 @@ def dataset_words(name: str | None) -> str | None:
     return "scikit-learn's digits" if name == "digits" else dataset_label(name)
 
 
-def describe_training(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def as_text(value: Any) -> Any:
+    """The strings of nested dicts and lists on one line each, with all that is markup as HTML entities."""
+    if isinstance(value, Mapping):
+        return {as_text(key): as_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_text(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"\{\{|\{%|[&<>`|]", lambda match: _MARKUP[match[0]], " ".join(value.split()))
+
+
+def describe_training(metrics: RunMetrics, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Length and cost of a training; a teacher's is one number, a student's one per part."""
-    seconds = metrics.get("seconds", {})
+    seconds = metrics.seconds or {}
     parts = seconds if isinstance(seconds, Mapping) else {"all": seconds}
     spent = [f"{name.replace('stage', 'stage ')} {duration(value)}" for name, value in parts.items()]
-    rate, device = metrics.get("images_per_second"), metrics.get("device")
+    rate, device = metrics.images_per_second, metrics.device
+    unreadable = metrics.unreadable_images
     steps = sum(settings.get(key) or 0 for key in ("stage1_steps", "stage2_steps", "steps"))
     images = steps * (settings.get("batch_size") or 0)
     return {
@@ -37,8 +54,8 @@ def describe_training(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -
         "device": device and device_words(device),
         "rate": f"{rate:,.0f}" if rate else None,
         "images": f"{images:,}" if images else None,
-        "versions": ", ".join(f"{name} {version}" for name, version in metrics.get("versions", {}).items()),
-        "unreadable": metrics.get("unreadable_images") or 0,
+        "versions": ", ".join(f"{name} {version}" for name, version in metrics.versions.items()),
+        "unreadable": unreadable if isinstance(unreadable, int) else len(unreadable),
     }
 
 

@@ -32,6 +32,7 @@ from ..modeling_raptor import (
     RaptorPreTrainedModel,
 )
 from ..recipes.files import fingerprint_tensors, write_text_atomically
+from ..recipes.run_metrics import read_json
 
 # what a head puts into the one configuration of the folder
 HEAD_FIELDS: dict[type[RaptorPreTrainedModel], tuple[str, ...]] = {
@@ -71,7 +72,7 @@ def save_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *,
     """
     folder = Path(folder)
     config, head, backbone, own_head, stored = _check_head(model, folder, variant, own_variant)
-    variants = _read_variants(folder, own_variant if own_head else None)
+    variants = read_variants(folder, own_variant if own_head else None)
     fingerprint = _backbone_fingerprint(stored)
     if own_head:
         _write_head(folder, own_head, list(backbone), own_variant, fingerprint)
@@ -97,7 +98,7 @@ def set_default_head(folder: str | Path, variant: str) -> None:
         ValueError: the folder has no such head.
     """
     folder = Path(folder)
-    variants = _read_variants(folder)
+    variants = read_variants(folder)
     siblings = next((names for names in variants.values() if variant in names), None)
     if siblings is None:
         raise ValueError(
@@ -235,7 +236,7 @@ def _kind(model: RaptorPreTrainedModel) -> type[RaptorPreTrainedModel] | None:
     return next((kind for kind in HEAD_FIELDS if isinstance(model, kind)), None)
 
 
-def _read_variants(folder: Path, own_variant: str | None = None) -> dict[str, list[str]]:
+def read_variants(folder: Path, own_variant: str | None = None) -> dict[str, list[str]]:
     """Variants by the name of their class, the default ones first.
 
     Args:
@@ -287,7 +288,7 @@ def _kind_of_shapes(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "config.json")
 
 
 def _write_config(folder: Path, config: Mapping[str, Any]) -> None:

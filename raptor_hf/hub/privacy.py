@@ -1,16 +1,22 @@
 """What of a run no one else may see: paths of this machine, names of user and host, the token; found and taken out.
 
-private = PrivateData(str(Path.home()), (getpass.getuser(), socket.gethostname()), get_token())
-metrics = private.remove(metrics)
-check_private({"metrics.json": Path("runs/digits_k3/metrics.json")}, private)  # raises, naming the file
+    private = PrivateData.of_this_machine("org/digits-k3")
+    metrics = private.remove(metrics)
+    check_private({"metrics.json": Path("runs/digits_k3/metrics.json")}, private)  # raises, naming the file
+
+Names that everyone sees anyway, such as that of the repository, are not private.
 """
 
 import functools
+import getpass
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from huggingface_hub import get_token
 
 from ..modeling_raptor import CODE_FILES
 
@@ -40,6 +46,15 @@ class PrivateData:
     names: tuple[str, ...]
     token: str | None = None
     public: tuple[str, ...] = ()
+
+    @classmethod
+    def of_this_machine(cls, *public: str) -> Self:
+        """What is private here: home and name of the user, name of the host, the token for the Hub.
+
+        Args:
+            *public: names that everyone sees anyway.
+        """
+        return cls(str(Path.home()), (getpass.getuser(), socket.gethostname()), get_token(), public)
 
     def remove(self, value: Any) -> Any:
         """Returns JSON-able data without what is private.
@@ -89,6 +104,13 @@ class PrivateData:
         # an argument of a command ends at a space, a path that stands alone may hold some
         text = (_PATH_ALONE if _PATH_ALONE.fullmatch(text) else _PATH).sub(lambda match: _last_part(match[0]), text)
         return self._pattern.sub("(removed)", text)
+
+
+def blot_tokens(text: str) -> str:
+    """Text from elsewhere, such as a server's answer, without what looks like a token, a key or a signature."""
+    text = _TOKEN.sub("(token)", text)
+    text = re.sub(r"(?i)\b(bearer|token|password|secret|signature|api[_-]?key)([=: ]+)\S{8,}", r"\1\2(token)", text)
+    return re.sub(r"(?=[\w+/=-]*\d)(?=[\w+/=-]*[A-Za-z])[\w+/=-]{32,}", "(token)", text)
 
 
 def check_private(files: Mapping[str, bytes | Path], private: PrivateData) -> None:

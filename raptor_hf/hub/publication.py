@@ -1,22 +1,26 @@
 """What of a run folder is published: the files of a fixed list, whole, finite and without private data, and a card.
 
-publication = make_publication("runs/digits_k3", "org/digits-k3", private)
-publication.files                                 # path in the repository -> bytes, or the file to read
-classes = check_weights("runs/digits_k3")         # {None: RaptorModel, "nyu": RaptorForDepthEstimation}
+    publication = make_publication("runs/digits_k3", "org/digits-k3", private)
+    publication.files                                 # path in the repository -> bytes, or the file to read
+    classes = check_weights("runs/digits_k3")         # {None: RaptorModel, "nyu": RaptorForDepthEstimation}
+    write_card("runs/digits_k3")                      # README.md in the folder itself, without asking the Hub
+
+Nothing here writes to the Hub: training/publish.py does.
 """
 
 import contextlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, StrictDataclassError
+from PIL import Image
 from raptor_settings.resources import find_path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,8 +28,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_raptor import AUTO_MAP, RaptorConfig
 from ..modeling_raptor import RaptorModel, RaptorPreTrainedModel
-from ..recipes.files import RESOLVED_FILE
-from .heads import HEAD_FIELDS, list_heads
+from ..recipes.files import RESOLVED_FILE, write_text_atomically
+from ..recipes.run_metrics import StudentMetrics, TeacherName, check_object, read_json
+from .heads import HEAD_FIELDS, backbone_fingerprint, list_heads, read_variants, sort_labels, stale_heads
 from .privacy import PRIVATE_KEYS, PrivateData, check_private, code_files
 from .student_card import make_card
 
@@ -63,6 +68,7 @@ def make_publication(
     license: str | None = None,
     teacher_link: str | None = None,
     with_code: bool = True,
+    needs_license: bool = True,
 ) -> Publication:
     """Checks a run folder and gathers what is published of it.
 
@@ -78,40 +84,183 @@ def make_publication(
         license: of the weights, if it is not the teacher's.
         teacher_link: the teacher's card, relative to the student's, if it is not on the Hub.
         with_code: whether the model's code goes with the weights.
+        needs_license: whether a licence that is not known is an error; the card says it otherwise.
 
     Raises:
         FileNotFoundError: the folder of an unfinished run, or one without all files of its model.
-        ValueError: weights that are damaged or not finite, private data that stays, an unknown licence.
+        ValueError: weights that are damaged or not finite, heads of another backbone, files of different runs, private
+            data that stays, an unknown licence.
     """
-    folder = Path(run_folder)
-    classes = check_weights(folder)
-    metrics, settings = read_json(folder / "metrics.json"), read_settings(folder)
-    teacher = metrics.get("teacher") or {"name": settings["teacher"], "revision": settings.get("teacher_revision")}
-    # a teacher from a folder has no commit
-    base_model = base_model or (teacher["name"] if teacher.get("revision") else None)
-    names = [settings["dataset"], *(probe["dataset"] for probe in metrics.get("probes", {}).values())]
-    datasets = [dataset for dataset in dict.fromkeys(names) if is_hub_dataset(dataset)]
-    public = (*private.public, *datasets, *([base_model] if base_model else []))
+    if license is not None:
+        check_license({"license": license})
+    classes = check_weights(run_folder)
+    run = _read_run(Path(run_folder), base_model)
+    check_one_run(run.folder)
+    if stale := stale_heads(run.folder):
+        raise ValueError(
+            f"the heads {', '.join(stale)} in {run.folder} were trained on another backbone than the one there; train "
+            "them again with probe.py, or remove their files"
+        )
+    datasets = [dataset for dataset in run.datasets if is_hub_dataset(dataset)]
+    public = (*private.public, *datasets, *([run.base_model] if run.base_model else []))
     private = PrivateData(private.home, private.names, private.token, public)
-    files = collect_files(folder, private, has_code=with_code)
-    card = make_card(
-        private.remove({"teacher": teacher} | metrics),
-        private.remove(settings),
-        RaptorConfig.from_pretrained(folder),
+    files = collect_files(run.folder, private, has_code=with_code)
+    found = {"license": license} if license else license_of(run.teacher.name, run.base_model)
+    if needs_license and "license" not in found:
+        raise ValueError(
+            f"the licence of the teacher, {run.teacher.name!r}, is not known; give --license, such as apache-2.0"
+        )
+    card = _fill_card(
+        run,
+        private,
         name=name,
         classes=classes,
         figures=[path for path in files if path.startswith("figures/")],
-        **({"license": license} if license else license_of(teacher["name"], base_model)),
-        base_model=base_model,
+        found_license=found,
+        license_is_teachers=license is None,
         datasets=datasets,
         teacher_link=teacher_link,
         revision=revision,
-        teacher_metrics=private.remove(read_json(Path(teacher_run) / "metrics.json")) if teacher_run else None,
+        teacher_run=teacher_run,
         has_code=with_code,
     )
-    files = {"README.md": f"{str(card).rstrip()}\n".encode()} | files
+    files = {"README.md": card_bytes(card)} | files
     check_private(files, private)
     return Publication(files, card)
+
+
+def write_card(run_folder: str | Path) -> Path:
+    """Writes the card of a run into its own folder as README.md, without asking the Hub.
+
+    Names of the user and of the host and paths that lead out of the working directory stay out of it.
+
+    Returns:
+        The card's file.
+
+    Raises:
+        FileNotFoundError: the folder of an unfinished run.
+        ValueError: files of different runs, or what is not the model that config.json describes.
+    """
+    classes = check_weights(run_folder)
+    run = _read_run(Path(run_folder))
+    check_one_run(run.folder)
+    private = PrivateData.of_this_machine(*run.datasets, *([run.base_model] if run.base_model else []))
+    figures = sorted(path.relative_to(run.folder).as_posix() for path in run.folder.glob("figures/*.png"))
+    card = _fill_card(
+        run,
+        private,
+        name=run.folder.as_posix(),
+        classes=classes,
+        figures=[path for path in figures if is_published(path)],
+        found_license=license_of(run.teacher.name, run.base_model, ask_hub=False),
+        license_is_teachers=True,
+        datasets=[dataset for dataset in run.datasets if is_hub_dataset(dataset, ask_hub=False)],
+        has_code=all((run.folder / name).is_file() for name in code_files()),
+    )
+    path = run.folder / "README.md"
+    write_text_atomically(path, card_bytes(card).decode())
+    return path
+
+
+def card_bytes(card: ModelCard) -> bytes:
+    """A card as the content of README.md."""
+    return f"{str(card).rstrip()}\n".encode()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the files of a run say of it."""
+
+    folder: Path
+    metrics: StudentMetrics
+    settings: dict[str, Any]
+    teacher: TeacherName
+    base_model: str | None
+
+    @property
+    def datasets(self) -> list[str]:
+        names = [self.settings["dataset"], *(probe.dataset for probe in self.metrics.probes.values())]
+        return list(dict.fromkeys(names))
+
+
+def _read_run(folder: Path, base_model: str | None = None) -> _Run:
+    metrics, settings = StudentMetrics.read(folder), read_settings(folder)
+    if not {"teacher", "dataset"} <= settings.keys():
+        raise ValueError(f"{folder} is not a run of distill.py: no {RESOLVED_FILE} there names a teacher and a dataset")
+    teacher = metrics.teacher or TeacherName(name=settings["teacher"], revision=settings.get("teacher_revision"))
+    # a teacher from a folder has no commit
+    base_model = base_model or (teacher.name if teacher.revision else None)
+    return _Run(folder, metrics, settings, teacher, base_model)
+
+
+def _fill_card(
+    run: _Run,
+    private: PrivateData,
+    *,
+    found_license: Mapping[str, str],
+    teacher_run: str | None = None,
+    **options: Any,
+) -> ModelCard:
+    """The card of a run, without what is private."""
+
+    def cleaned(metrics: StudentMetrics) -> StudentMetrics:
+        return StudentMetrics.from_dict(private.remove(metrics.to_dict()))
+
+    return make_card(
+        cleaned(replace(run.metrics, teacher=run.teacher)),
+        private.remove(run.settings),
+        read_config(run.folder),
+        base_model=run.base_model,
+        teacher_metrics=cleaned(StudentMetrics.read(teacher_run)) if teacher_run else None,
+        **{"license": None, **found_license},
+        **options,
+    )
+
+
+def check_one_run(folder: str | Path) -> None:
+    """Compares what the files of a folder say of their run: blocks, teacher, seed, weights and, if given, run ids.
+
+    An interrupted run may have left old weights and numbers under new settings.
+
+    Raises:
+        ValueError: two files disagree; the message names both.
+    """
+    folder = Path(folder)
+    metrics, settings, config = StudentMetrics.read(folder), read_settings(folder), read_config(folder)
+    phases = read_json(folder / "phases.json") if (folder / "phases.json").is_file() else {}
+    layers = [list(block) for block in config.block_layers]
+    said = {
+        "the blocks": {"config.json": layers, "metrics.json": metrics.blocks, "phases.json": phases.get("blocks")},
+        "the number of blocks": {"config.json": len(layers), RESOLVED_FILE: settings.get("num_blocks")},
+        "the layers per block": {
+            "config.json": list(map(len, layers)),
+            RESOLVED_FILE: settings.get("block_repeats"),
+        },
+        "the seed": {"metrics.json": metrics.seed, RESOLVED_FILE: settings.get("seed")},
+        "the teacher": {
+            "metrics.json": metrics.teacher and metrics.teacher.name,
+            RESOLVED_FILE: settings.get("teacher"),
+        },
+        "the run": {
+            "metrics.json": metrics.run_id,
+            "phases.json": phases.get("run_id"),
+            RESOLVED_FILE: settings.get("run_id"),
+            "config.json": getattr(config, "run_id", None),
+        },
+        "the backbone's weights": {
+            "metrics.json": metrics.backbone,
+            SAFE_WEIGHTS_NAME: backbone_fingerprint(folder) if metrics.backbone else None,
+        },
+    }
+    for what, values in said.items():
+        known = {name: value for name, value in values.items() if value is not None}
+        (first, expected), *others = known.items() or [(None, None)]
+        for name, value in others:
+            if value != expected:
+                raise ValueError(
+                    f"the files in {folder} are of different runs: of {what}, {first} says {expected} and {name} says "
+                    f"{value}; finish the run there, or start it again in another folder"
+                )
 
 
 def is_published(path: str) -> bool:
@@ -133,12 +282,7 @@ def check_weights(folder: str | Path) -> dict[str | None, type[RaptorPreTrainedM
         ValueError: weights are missing, too many, of another shape, not finite or in a damaged file.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no model: there is no config.json")
-    try:
-        config = RaptorConfig.from_pretrained(folder)
-    except StrictDataclassError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid: {error.__cause__ or error}") from error
+    config = read_config(folder)
     with torch.device("meta"):  # nothing but the shapes
         kinds = {kind: _shapes(kind(config).state_dict()) for kind in (RaptorModel, *HEAD_FIELDS)}
     variants: list[str | None] = [None, *list_heads(folder)]
@@ -188,16 +332,24 @@ def collect_files(folder: str | Path, private: PrivateData, *, has_code: bool = 
     for path in (*folder.iterdir(), *folder.glob("figures/*")):
         name = path.relative_to(folder).as_posix()
         if is_published(name) and path.suffix in (".json", ".yaml", ".png") and path.is_file():
+            if path.is_symlink() or path.parent.is_symlink() and path.parent != folder:
+                raise ValueError(f"{path} is a link, which is not followed; put the file itself there, or remove it")
+            if path.suffix == ".png":
+                _check_png(path)
             files[name] = path
     for name in ("metrics.json", "phases.json"):
         if name in files:
-            files[name] = _dump_json(private.remove(_load_json(folder / name)))
-    resolved = yaml.safe_load((folder / RESOLVED_FILE).read_text(encoding="utf-8"))
+            files[name] = _dump_json(private.remove(read_json(folder / name)))
+    resolved = read_settings(folder)
     files[RESOLVED_FILE] = yaml.safe_dump(private.remove(resolved), sort_keys=False, allow_unicode=True).encode()
     # in these only keys: names of classes may look like paths
     for name, auto_classes in {"config.json": AUTO_MAP, "preprocessor_config.json": ["AutoImageProcessor"]}.items():
         dropped = {*PRIVATE_KEYS, "auto_map"}
-        config = {key: value for key, value in _load_json(folder / name).items() if key not in dropped}
+        config = {key: value for key, value in read_json(folder / name).items() if key not in dropped}
+        if name == "config.json":
+            config = sort_labels(config)
+            if list_heads(folder):  # those of older versions do not list them
+                config["head_variants"] = read_variants(folder)
         if has_code:
             config["auto_map"] = {key: AUTO_MAP[key] for key in auto_classes}
         files[name] = _dump_json(config)
@@ -205,24 +357,53 @@ def collect_files(folder: str | Path, private: PrivateData, *, has_code: bool = 
     return {name: files[name] for name in sorted(files)}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> RaptorConfig:
+    """The configuration of a folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not that of a Raptor model.
+    """
+    path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} holds no {path.name}: it is not the folder of a run that has finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise FileNotFoundError(f"{folder} holds no model: there is no config.json")
+    try:
+        return RaptorConfig.from_dict(read_json(path))
+    except StrictDataclassError as error:
+        raise ValueError(f"{path} is not valid: {error.__cause__ or error}") from error
+    except TypeError as error:
+        raise ValueError(f"{path} is not valid: {error}") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "resolved.yaml"
-    settings = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not {"teacher", "dataset"} <= settings.keys():
-        raise ValueError(f"{folder} is not a run of distill.py: no resolved.yaml there names a teacher and a dataset")
-    return settings
+    """The settings of a run.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: the file holds something else than settings.
+    """
+    path = folder / RESOLVED_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no {RESOLVED_FILE}: it is not the folder of a run")
+    try:
+        return check_object(path, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except RecursionError:
+        raise ValueError(f"{path}: it is nested too deeply") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: it is not a YAML file: {error}") from None
 
 
-def is_hub_dataset(name: str) -> bool:
-    """Whether images come from the Hub, rather than from scikit-learn or from a folder or file."""
+def is_hub_dataset(name: str, *, ask_hub: bool = True) -> bool:
+    """Whether images come from the Hub, rather than from scikit-learn or from a folder or file.
+
+    Args:
+        name: as in the settings.
+        ask_hub: whether the Hub is asked; if not, any name of the form ORG/NAME is taken for one of its own.
+    """
     if name == "digits" or re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) is None or Path(name).exists():
         return False
+    if not ask_hub:
+        return "/" in name
     try:
         HfApi().dataset_info(name)
     except RepositoryNotFoundError:  # a folder that lies where the run was made, or gone: there is nothing to link to
@@ -232,22 +413,61 @@ def is_hub_dataset(name: str) -> bool:
     return True
 
 
-def license_of(teacher: str, base_model: str | None) -> dict[str, str]:
-    """The licence in the teacher's card, which the weights made from it come under, as `make_card` takes it."""
+def license_of(teacher: str, base_model: str | None, *, ask_hub: bool = True) -> dict[str, str]:
+    """The licence in the teacher's card, which the weights made from it come under, as `make_card` takes it.
+
+    Args:
+        teacher: folder or name.
+        base_model: the teacher's name on the Hub.
+        ask_hub: whether the Hub is asked for the card; if not, only what was downloaded before is read.
+
+    Returns:
+        "license", and "license_name" and "license_link" where there are; empty where the licence is not known.
+
+    Raises:
+        ValueError: it is no licence: a line break in it, or other characters than an identifier has.
+    """
     path, data = find_path(teacher) / "README.md", None
+    if not path.is_file() and base_model is not None and not ask_hub:
+        cached = try_to_load_from_cache(base_model, "README.md")
+        path = Path(cached) if isinstance(cached, str) else path
     if path.is_file():
         data = ModelCard.load(path).data
-    elif base_model is not None:
+    elif base_model is not None and ask_hub:
         # there may be no card, and a Hub out of reach is told of by the checks that need it
         with contextlib.suppress(HTTPError, OSError):
             data = ModelCard.load(base_model).data
     if data is None or data.license is None:
-        raise ValueError(f"the licence of the teacher, {teacher!r}, is not known; give --license, such as apache-2.0")
+        return {}
     found = {key: data.get(key) for key in ("license", "license_name", "license_link") if data.get(key)}
+    check_license(found)
     if base_model is not None and "license_link" in found and "://" not in found["license_link"]:
         # a file of the teacher's repository
         found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{found['license_link']}"
     return found
+
+
+def check_license(fields: Mapping[str, Any]) -> None:
+    """Refuses a licence that would be more than a name and a link in the card.
+
+    Raises:
+        ValueError: the identifier has other characters than letters, digits and ".+-", or a field more than one line.
+    """
+    for name, value in fields.items():
+        if name == "license":
+            pattern, wanted = r"[A-Za-z0-9][A-Za-z0-9.+-]*", "an identifier such as apache-2.0"
+        else:
+            pattern, wanted = r"[^\x00-\x1f<>(){}\[\]`|]+", "text on one line, without markup"
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+
+def _check_png(path: Path) -> None:
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is not a PNG image: it is not published; remove it or draw it again") from error
 
 
 def _tensor_files(folder: Path, variant: str | None) -> dict[str, str]:
@@ -258,7 +478,7 @@ def _tensor_files(folder: Path, variant: str | None) -> dict[str, str]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME.replace(".json", f".{variant}.json" if variant else ".json")
     if not index.is_file():
         raise FileNotFoundError(f"{folder} holds neither {SAFE_WEIGHTS_NAME} nor {index.name}")
-    files = _load_json(index)["weight_map"]
+    files = read_json(index)["weight_map"]
     if missing := {name for name in files.values() if not (is_published(name) and (folder / name).is_file())}:
         raise FileNotFoundError(f"{folder} lacks {', '.join(sorted(missing))}, which {index.name} names")
     return files
@@ -285,10 +505,6 @@ def _open_weights(path: Path) -> safe_open:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _dump_json(content: Any) -> bytes:

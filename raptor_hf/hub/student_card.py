@@ -23,7 +23,9 @@ from ..modeling_raptor import (
     RaptorModel,
     RaptorPreTrainedModel,
 )
+from ..recipes.run_metrics import Both, Fidelity, ProbeRecord, StudentMetrics
 from .card_words import (
+    as_text,
     check_front_matter,
     dataset_label,
     dataset_words,
@@ -64,38 +66,40 @@ _FIGURES = {
 
 
 def make_card(
-    metrics: Mapping[str, Any],
+    metrics: StudentMetrics,
     settings: Mapping[str, Any],
     config: RaptorConfig,
     *,
     name: str,
     classes: Mapping[str | None, type[RaptorPreTrainedModel]],
     figures: Sequence[str],
-    license: str,
+    license: str | None,
     base_model: str | None,
     datasets: Sequence[str],
     license_name: str | None = None,
     license_link: str | None = None,
     teacher_link: str | None = None,
+    license_is_teachers: bool = False,
     revision: str | None = None,
-    teacher_metrics: Mapping[str, Any] | None = None,
+    teacher_metrics: StudentMetrics | None = None,
     has_code: bool = True,
 ) -> ModelCard:
     """Fills the card of a distilled student.
 
     Args:
-        metrics: the run's metrics.json, with "probes" and "quick_checks" if heads were trained.
+        metrics: the run's metrics.json.
         settings: the run's resolved.yaml.
         config: of the model.
         name: what from_pretrained is given, the repository or a folder.
         classes: of the models by variant, as `raptor_hf.hub.publication.check_weights` returns them.
         figures: paths of the figures in the repository.
-        license: identifier of the weights' licence, as the Hub knows it.
+        license: identifier of the weights' licence, as the Hub knows it; None where it is not known.
         base_model: the teacher's name on the Hub, None if it is not there.
         datasets: names on the Hub of the data sets that student and heads were trained on.
         license_name: what the licence is called, if `license` is "other".
         license_link: where its text is.
         teacher_link: the teacher's card, relative to this one, if it is not on the Hub.
+        license_is_teachers: whether the licence was read from the teacher's card.
         revision: branch that is not the default one.
         teacher_metrics: metrics.json of a folder with the teacher's probes, under the same names of variants.
         has_code: whether the model's code lies beside the weights.
@@ -103,15 +107,19 @@ def make_card(
     Raises:
         ValueError: the front matter does not come back from the card as it went in.
     """
-    probes = [_probe(variant, probe, teacher_metrics) for variant, probe in metrics.get("probes", {}).items()]
+    # of numbers and settings the text, so that no name is more than a name
+    metrics = StudentMetrics.from_dict(as_text(metrics.to_dict()))
+    settings = as_text(settings)
+    if teacher_metrics is not None:
+        teacher_metrics = StudentMetrics.from_dict(as_text(teacher_metrics.to_dict()))
+    probes = [_probe(variant, probe, teacher_metrics) for variant, probe in metrics.probes.items()]
     own = _own_head(metrics, settings, classes)
     data = ModelCardData(
         license=license,
         license_name=license_name,
         license_link=license_link,
         library_name="transformers",
-        # the pipeline loads without a variant: only a head that lies beside the backbone works there
-        pipeline_tag=PIPELINE_TAGS[classes[None]],
+        pipeline_tag=PIPELINE_TAGS[_default_class(config, classes)],
         base_model=base_model,
         datasets=list(datasets) or None,
         metrics=list(dict.fromkeys(row["metric"] for row in ([own] if own else []) + probes)) or None,
@@ -130,27 +138,30 @@ def make_card(
         run=settings,
         data_name=dataset_words(settings.get("dataset")),
         config=config,
-        teacher=metrics.get("teacher", {}),
+        teacher=metrics.teacher or {},
         facts=_facts(metrics, config),
-        cost=_cost_line(metrics),
-        fidelity=_fidelity_rows(metrics.get("fidelity", {})),
+        cost=_cost_line(metrics.macs),
+        fidelity=_fidelity_rows(metrics.fidelity, config.num_hidden_layers),
+        sizes=_fidelity_sizes(metrics, settings, config),
         own=own,
         probes=probes,
-        checks=_quick_checks(metrics.get("quick_checks", {}), (teacher_metrics or {}).get("quick_checks", {})),
+        checks=_quick_checks(metrics.quick_checks, teacher_metrics.quick_checks if teacher_metrics else {}),
         training=describe_training(metrics, settings),
         figures=[(path, *_describe_figure(path, config)) for path in figures],
-        loads=[(variant, _auto_class(kind)) for variant, kind in classes.items()],
+        loads=[(variant, _auto_class(kind), _is_default(config, variant)) for variant, kind in classes.items()],
         arguments="".join(f', {key}="{value}"' for key, value in options.items()),
         has_code=has_code,
         base_model_known=base_model is not None,
         teacher_link=teacher_link,
-        missing=_missing(metrics, settings, probes, teacher_metrics, figures, base_model, teacher_link),
+        license_is_teachers=license_is_teachers,
+        license_words=as_text(license_name or license),
+        missing=_missing(metrics, settings, probes, figures, base_model, teacher_link),
     )
     check_front_matter(card, data)
     return card
 
 
-def _facts(metrics: Mapping[str, Any], config: RaptorConfig) -> list[tuple[str, str]]:
+def _facts(metrics: StudentMetrics, config: RaptorConfig) -> list[tuple[str, str]]:
     """The table of what a student is."""
     blocks = " + ".join(map(str, config.block_repeats))
     partition = f"{config.num_blocks} blocks for {config.num_hidden_layers} layers, {blocks} steps"
@@ -163,82 +174,107 @@ def _facts(metrics: Mapping[str, Any], config: RaptorConfig) -> list[tuple[str, 
         ("tokens", describe_tokens(config.has_cls, config.num_register_tokens, config.patch_size)),
         ("image size", f"{describe_size(config.image_size)} px; others that are multiples of the patch work too"),
     ]
-    for key, label in (("parameters", "parameters, without heads"), ("macs", "multiply-accumulates per image")):
-        student, teacher = (metrics.get(key, {}).get(who) for who in ("student", "teacher"))
-        if student:
-            share = f", {percent(student / teacher)} of the teacher's {short_count(teacher)}" if teacher else ""
-            facts.append((label, short_count(student) + share))
+    for label, both in (
+        ("parameters, without heads", metrics.parameters),
+        ("multiply-accumulates per image", metrics.macs),
+    ):
+        if both.student:
+            share = f", {percent(both.share)} of the teacher's {short_count(both.teacher)}" if both.share else ""
+            facts.append((label, short_count(both.student) + share))
     return facts
 
 
-def _cost_line(metrics: Mapping[str, Any]) -> str | None:
+def _cost_line(macs: Both) -> str | None:
     """Whether student and teacher cost the same to run."""
-    student, teacher = (metrics.get("macs", {}).get(who) for who in ("student", "teacher"))
-    if not student or not teacher:
+    ratio = macs.share
+    if ratio is None:
         return None
-    ratio = student / teacher
     if abs(ratio - 1) <= ISO_COST:
         return f"**Iso-cost**: it needs {ratio:.3f} times the teacher's multiply-accumulates."
     more = "more" if ratio > 1 else "less"
     return f"**Not iso-cost**: it needs {ratio:.3f} times the teacher's multiply-accumulates, {more} than the teacher."
 
 
-def _fidelity_rows(fidelity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _fidelity_rows(fidelity: Fidelity | None, num_layers: int) -> dict[str, Any] | None:
     """Table of the fidelity per layer."""
-    if not fidelity.get("r2"):
+    if fidelity is None or not fidelity.r2:
         return None
-    groups = {group: values for group, values in fidelity.get("cosine", {}).items() if values}
-    columns = {"R²": fidelity["r2"], "ε": fidelity.get("epsilon"), "ε / norm": fidelity.get("relative_epsilon")}
+    columns = {"R²": fidelity.r2, "ε": fidelity.epsilon, "ε / norm": fidelity.relative_epsilon}
+    columns |= {f"cos, {group}": values for group, values in fidelity.cosine.items()}
     columns = {name: values for name, values in columns.items() if values}
-    columns |= {f"cos, {group}": values for group, values in groups.items()}
+    if wrong := [name for name, values in columns.items() if len(values) != num_layers]:
+        raise ValueError(
+            f"metrics.json has {len(columns[wrong[0]])} numbers for {wrong[0]!r}, and the model {num_layers} layers; "
+            "they are of different runs"
+        )
     rows = zip(*columns.values(), strict=True)
     return {
         "header": list(columns),
         "rows": [[_number(value) for value in row] for row in rows],
-        "mean_r2": _number(statistics.mean(value for value in fidelity["r2"] if value is not None)),
-        "agreement": percent(fidelity.get("agreement")),
+        "mean_r2": _number(_mean_of_known(fidelity.r2)),
+        "agreement": percent(fidelity.agreement),
     }
 
 
+def _fidelity_sizes(
+    metrics: StudentMetrics, settings: Mapping[str, Any], config: RaptorConfig
+) -> list[tuple[str, str, str, str]]:
+    """Size, R² of the last layer, its mean and the agreement, where there are several sizes; the run's own is first."""
+    if not metrics.fidelity_by_size:
+        return []
+    own = [("of the run", metrics.fidelity)] if metrics.fidelity else []
+    return [
+        (
+            f"{size} px" if size[:1].isdigit() else size,
+            _number(fidelity.r2[-1] if fidelity.r2 else None),
+            _number(_mean_of_known(fidelity.r2)),
+            percent(fidelity.agreement) or "-",
+        )
+        for size, fidelity in [*own, *metrics.fidelity_by_size.items()]
+    ]
+
+
 def _own_head(
-    metrics: Mapping[str, Any], settings: Mapping[str, Any], classes: Mapping[str | None, type]
+    metrics: StudentMetrics, settings: Mapping[str, Any], classes: Mapping[str | None, type]
 ) -> dict[str, Any] | None:
     """Accuracy of the student with the teacher's classifier, untouched."""
-    fidelity = metrics.get("fidelity", {})
-    if fidelity.get("student_accuracy") is None:
+    fidelity = metrics.fidelity
+    if fidelity is None or fidelity.student_accuracy is None:
         return None
     return {
         "variant": None if classes[None] is RaptorForImageClassification else "teacher",
         "metric": "accuracy",
-        "value": fidelity["student_accuracy"],
-        "student": percent(fidelity["student_accuracy"]),
-        "teacher": percent(fidelity.get("teacher_accuracy")),
+        "value": fidelity.student_accuracy,
+        "student": percent(fidelity.student_accuracy),
+        "teacher": percent(fidelity.teacher_accuracy),
         "dataset": dataset_label(settings.get("dataset")),
         "split": settings.get("test_split"),
     }
 
 
-def _probe(variant: str, probe: Mapping[str, Any], teacher_metrics: Mapping[str, Any] | None) -> dict[str, Any]:
+def _probe(variant: str, probe: ProbeRecord, teacher_metrics: StudentMetrics | None) -> dict[str, Any]:
     """A row of the table of probes, with the teacher's numbers where they are of the same probe."""
-    metric = probe["metric"]
-    teacher = (teacher_metrics or {}).get("probes", {}).get(variant, {})
-    same = all(teacher.get(key) == probe.get(key) for key in ("task", "dataset", "dataset_config", "split", "metric"))
-    values = probe["last"][metric]
-    best = (probe.get("best") or {}).get(metric)
+    metric = probe.metric
+    teacher = teacher_metrics.probes.get(variant) if teacher_metrics else None
+    same = teacher is not None and all(
+        getattr(teacher, key) == getattr(probe, key) for key in ("task", "dataset", "dataset_config", "split", "metric")
+    )
+    values = probe.last[metric]
+    best = (probe.best or {}).get(metric)
     return {
-        **probe,
-        "dataset": dataset_label(probe["dataset"]),
+        **probe.to_dict(),
+        "dataset": dataset_label(probe.dataset),
         "variant": variant,
         "value": _mean(values),
         "num_seeds": len(values),
         "student": _spread(values, metric),
         "best": _spread(best, metric) if best else None,
-        "teacher": _spread(teacher["last"][metric], metric) if teacher and same else None,
+        "teacher": _spread(teacher.last[metric], metric) if same else None,
     }
 
 
 def _eval_results(
-    metrics: Mapping[str, Any],
+    metrics: StudentMetrics,
     settings: Mapping[str, Any],
     own: Mapping[str, Any] | None,
     probes: Sequence[Mapping[str, Any]],
@@ -252,7 +288,7 @@ def _eval_results(
         "dataset_split": settings.get("test_split"),
         "dataset_revision": settings.get("dataset_revision"),
     }
-    r2 = metrics.get("fidelity", {}).get("r2")
+    r2 = metrics.fidelity.r2 if metrics.fidelity else []
     if r2 and r2[-1] is not None:
         results.append(
             EvalResult(
@@ -309,31 +345,25 @@ def _quick_checks(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> lis
 
 
 def _missing(
-    metrics: Mapping[str, Any],
+    metrics: StudentMetrics,
     settings: Mapping[str, Any],
     probes: Sequence[Mapping[str, Any]],
-    teacher_metrics: Mapping[str, Any] | None,
     figures: Sequence[str],
     base_model: str | None,
     teacher_link: str | None,
 ) -> list[str]:
     """What a reader would look for and not find."""
-    fidelity, missing = metrics.get("fidelity", {}), []
-    if not fidelity.get("r2"):
+    fidelity, missing = metrics.fidelity or Fidelity(), []
+    if not fidelity.r2:
         missing.append("the fidelity to the teacher")
-    for key, text in (
-        ("agreement", "how often student and teacher agree: the teacher has no classifier"),
-        (
-            "student_accuracy",
-            "accuracy with the teacher's classifier: it has none, or other classes than the images",
-        ),
-    ):
-        if fidelity.get(key) is None:
-            missing.append(text)
-    for key in ("parameters", "macs"):
-        if not all(metrics.get(key, {}).get(who) for who in ("student", "teacher")):
-            missing.append(("parameters" if key == "parameters" else "multiply-accumulates") + " of both models")
-    if not metrics.get("seconds") or not metrics.get("device"):
+    if fidelity.agreement is None:
+        missing.append("how often student and teacher agree: the teacher has no classifier")
+    if fidelity.student_accuracy is None:
+        missing.append("accuracy with the teacher's classifier: it has none, or other classes than the images")
+    for both, name in ((metrics.parameters, "parameters"), (metrics.macs, "multiply-accumulates")):
+        if both.share is None:
+            missing.append(f"{name} of both models")
+    if not metrics.seconds or not metrics.device:
         missing.append("the cost of the training")
     if not probes:
         missing.append("probes: no head was trained on this student")
@@ -345,15 +375,28 @@ def _missing(
         missing.append("the figure of the phases")
     if base_model is None and teacher_link is None:
         missing.append("a link to the teacher: it is not on the Hub, or its name there is not known")
-    elif base_model is not None and not metrics.get("teacher", {}).get("revision"):
+    elif base_model is not None and not (metrics.teacher and metrics.teacher.revision):
         missing.append("the teacher's revision")
-    missing.append("error bars of the distillation: this is one run, " + _seed(metrics, settings))
+    seed = metrics.seed if metrics.seed is not None else settings.get("seed")
+    whose = "whose seed is not recorded" if seed is None else f"with seed {seed}"
+    missing.append(f"error bars of the distillation: this is one run, {whose}")
     return missing
 
 
-def _seed(metrics: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    seed = metrics.get("seed", settings.get("seed"))
-    return "whose seed is not recorded" if seed is None else f"with seed {seed}"
+def _is_default(config: RaptorConfig, variant: str | None) -> bool:
+    """Whether a head is the one that its class loads without being told a variant."""
+    heads = getattr(config, "head_variants", None) or {}
+    return any(names[:1] == [variant] for names in heads.values())
+
+
+def _default_class(
+    config: RaptorConfig, classes: Mapping[str | None, type[RaptorPreTrainedModel]]
+) -> type[RaptorPreTrainedModel]:
+    """The class of the first head: pipelines load it without being told a variant."""
+    heads = getattr(config, "head_variants", None) or {}
+    defaults = [classes[names[0]] for names in heads.values() if names and names[0] in classes]
+    named = [kind for kind in defaults if kind.__name__ in (config.architectures or ())]
+    return (named or defaults or [classes[None]])[0]
 
 
 def _auto_class(kind: type[RaptorPreTrainedModel]) -> str:
@@ -383,6 +426,11 @@ def _layers(layers: Sequence[int]) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.mean(known) if len(known) == len(values) and known else None
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known else None
 
 
 def _spread(values: Sequence[float | None], metric: str) -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
+from ..recipes.run_metrics import TeacherMetrics
 from .card_words import (
+    as_text,
     check_front_matter,
     dataset_label,
     dataset_words,
@@ -26,7 +28,7 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def make_teacher_card(
-    metrics: Mapping[str, Any],
+    metrics: TeacherMetrics,
     settings: Mapping[str, Any],
     config: PreTrainedConfig,
     processor: Mapping[str, Any],
@@ -50,6 +52,7 @@ def make_teacher_card(
         ValueError: the front matter does not come back from the card as it went in.
     """
     dataset = dataset_label(settings["dataset"])
+    metrics = TeacherMetrics.from_dict(as_text(metrics.to_dict()))
     accuracy = EvalResult(
         task_type="image-classification",
         dataset_type=dataset,
@@ -59,7 +62,7 @@ def make_teacher_card(
         dataset_revision=settings.get("dataset_revision"),
         metric_type="accuracy",
         metric_name="accuracy after the last step",
-        metric_value=round(metrics["accuracy"], 6),
+        metric_value=round(metrics.accuracy, 6),
     )
     data = ModelCardData(
         license=license,
@@ -76,21 +79,21 @@ def make_teacher_card(
         template_path=str(TEMPLATE),
         model_id=name,
         short_name=name.rpartition("/")[2],
-        run=settings,
-        data_name=dataset_words(settings["dataset"]),
+        run=as_text(settings),
+        data_name=as_text(dataset_words(settings["dataset"])),
         is_path=dataset != settings["dataset"],
         facts=_facts(metrics, config, processor),
-        accuracy=percent(metrics["accuracy"]),
-        evaluations=[(entry["step"], percent(entry["accuracy"])) for entry in metrics.get("evaluations", [])],
+        accuracy=percent(metrics.accuracy),
+        evaluations=[(entry.step, percent(entry.accuracy)) for entry in metrics.evaluations],
         augmentations=_augmentations(settings),
         training=describe_training(metrics, settings),
-        labels=[str(config.id2label[index]) for index in sorted(config.id2label)],
+        labels=[as_text(str(config.id2label[index])) for index in sorted(config.id2label)],
     )
     check_front_matter(card, data)
     return card
 
 
-def _facts(metrics: Mapping[str, Any], config: PreTrainedConfig, processor: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(metrics: TeacherMetrics, config: PreTrainedConfig, processor: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The table of what a teacher is."""
     side, patch = config.image_size, config.patch_size
     tokens = describe_tokens(True, config.num_register_tokens, patch, (side // patch) ** 2)
@@ -103,7 +106,7 @@ def _facts(metrics: Mapping[str, Any], config: PreTrainedConfig, processor: Mapp
         ("input", f"{describe_size(side)} px in RGB" + (", scaled to -1..1" if centred else "")),
         ("output", f"scores of {len(config.id2label)} classes"),
     ]
-    if count := metrics.get("parameters"):
+    if count := metrics.parameters:
         facts.insert(3, ("parameters, without the classifier", short_count(count)))
     return facts
 

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, RaptorForSemanticSegmentation, RaptorModel
 from raptor_hf.hub.student_card import make_card
+from raptor_hf.recipes.run_metrics import StudentMetrics
 from tests.support.hub_server import front_matter_problem
 from tests.support.published_run import SETTINGS, metrics, probe
 from tests.support.tiny_raptors import tiny_config
@@ -22,8 +23,10 @@ CLASSES = {
 
 
 def card(numbers=None, settings=None, config=None, **options) -> ModelCard:
+    if teacher := options.get("teacher_metrics"):
+        options["teacher_metrics"] = StudentMetrics.from_dict(teacher)
     return make_card(
-        metrics() if numbers is None else numbers,
+        StudentMetrics.from_dict(metrics() if numbers is None else numbers),
         SETTINGS | (settings or {}),
         config or tiny_config(depth_conditioning="low_rank"),
         **dict(
@@ -236,3 +239,46 @@ def test_the_validator_of_these_tests_refuses_bad_cards(problem):
         good.replace("    - type: mean_iou\n", "    - kind: mean_iou\n"),
     ):
         assert broken != good and front_matter_problem(broken)
+
+
+def test_names_labels_and_notes_are_text_and_no_markup():
+    numbers = metrics()
+    numbers["device"] = "<script>alert(1)</script> | {{ 7 * 7 }} {% raw %}"
+    numbers["probes"]["ade20k"]["command"] = "probe.py `rm -rf` <img src=x>\n# heading"
+    numbers["versions"] = {"<b>torch</b>": "2"}
+    text = str(card(numbers, {"test_split": "<i>test</i>", "train_split": "a\n\n# b"}))
+    assert not re.search(r"<(script|img|b|i)\b", text) and "{{" not in text and "{%" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &#124; &#123;&#123; 7 * 7 }}" in text
+    assert "\n# heading" not in text and "\n# b" not in text
+    assert front_matter_problem(text) is None
+
+
+def test_fidelity_is_said_at_every_size_that_was_measured():
+    assert "at this size of images alone" in section(str(card()), "Fidelity")
+    numbers = metrics()
+    numbers["fidelity_by_size"] = {"32 x 32": {"r2": [0.5] * 5 + [0.25], "agreement": 0.5}}
+    fidelity = section(str(card(numbers)), "Fidelity")
+    assert row(fidelity, "of the run") == ["of the run", "0.9500", "0.7417", "87.5 %"]
+    assert row(fidelity, "32 x 32 px") == ["32 x 32 px", "0.2500", "0.4583", "50.0 %"]
+    assert "alone" not in fidelity
+
+
+def test_an_unknown_licence_is_said_and_not_guessed():
+    text = str(card(license=None))
+    assert "license" not in yaml.safe_load(text.split("---")[1])
+    assert "Of the weights not known here" in section(text, "Licence") and "None" not in section(text, "Licence")
+    assert "as the teacher's card says" in section(str(card(license_is_teachers=True)), "Licence")
+
+
+def test_numbers_of_another_model_are_refused():
+    numbers = metrics()
+    numbers["fidelity"]["r2"] = [0.5] * 12
+    with pytest.raises(ValueError, match="12 numbers for 'R²', and the model 6 layers"):
+        card(numbers)
+
+
+def test_the_task_of_the_card_is_that_of_the_default_head():
+    heads = {"RaptorForSemanticSegmentation": ["ade20k"], "RaptorForDepthEstimation": ["nyu"]}
+    text = str(card(config=tiny_config(head_variants=heads)))
+    assert yaml.safe_load(text.split("---")[1])["pipeline_tag"] == "image-segmentation"
+    assert "| head `nyu`, also without `variant=` |" in section(text, "Use")

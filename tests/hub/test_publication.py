@@ -11,7 +11,8 @@ from raptor_hf import (
     RaptorModel,
 )
 from raptor_hf.hub.heads import save_head
-from raptor_hf.hub.publication import check_weights, is_published
+from raptor_hf.hub.publication import check_weights, is_published, write_card
+from tests.support.published_run import save_run_folder
 from tests.support.tiny_raptors import tiny_model
 
 
@@ -77,3 +78,16 @@ def test_shards_are_whole_or_refused(tmp_path):
 )
 def test_only_files_of_the_list_are_published(path, allowed):
     assert is_published(path) is allowed
+
+
+def test_a_run_gets_a_card_in_its_own_folder_without_the_hub(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise AssertionError("the Hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", unreachable)
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", unreachable)
+    folder = save_run_folder(tmp_path / "run")
+    path = write_card(folder)
+    text = path.read_text()
+    assert path == folder / "README.md" and f'AutoModel.from_pretrained("{folder.as_posix()}")' in text
+    assert "- uoft-cs/cifar10\n" in text and "license:" not in text and "87.5 %" in text

@@ -25,6 +25,7 @@ from transformers import (
 from raptor_hf.configuration_raptor import AUTO_MAP
 from raptor_hf.hub import publication
 from raptor_hf.hub.heads import list_heads
+from raptor_hf.hub.privacy import blot_tokens
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.modeling_raptor import CODE_FILES, RaptorBackbone
 from tests.support.hub_server import HubServer, Repo
@@ -303,7 +304,11 @@ def test_what_would_fail_later_fails_before_anything_is_sent(
     hub.role = "write"
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(publish, "get_token", lambda: None)
-    refused("there is no token")
+    if arguments:  # a dry run goes on without
+        status, printed = run_publish(shared_run, *arguments)
+        assert status == 0 and "left  there is no token for the Hub" in printed and "all checks passed but" in printed
+    else:
+        refused("there is no token")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(publish, "get_token", lambda: TOKEN)
 
@@ -355,6 +360,88 @@ def test_the_name_and_the_text_of_an_unusual_licence_are_the_teachers(tmp_path):
     assert publication.license_of(str(tmp_path), None) == {"license": "mit"}
 
 
+def test_the_licence_is_the_teachers_own_or_none(tmp_path):
+    assert publication.license_of(str(tmp_path), None) == {}
+    for bad in ({"license": "mit\nbase_model: evil/x"}, {"license": "other", "license_name": "<script>"}):
+        (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump(bad) + "---\n")
+        with pytest.raises(ValueError, match="it must be"):
+            publication.license_of(str(tmp_path), None)
+
+
+def test_a_licence_of_two_lines_is_refused(hub, shared_run, run_publish):
+    status, printed = run_publish(shared_run, "--license", "mit\nbase_model: evil/x")
+    assert status == 2 and "license is" in printed and "identifier" in printed and hub.repos == {}
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "resolved.yaml", "config.json", "phases.json"])
+@pytest.mark.parametrize(
+    "content", ["[1, 2]", '"text"', "", "null", '{"a":' * 2000 + "1" + "}" * 2000, "\x00", '{"a": ']
+)
+def test_a_file_that_is_no_object_is_one_line(name, content, run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run", heads=False, probes={})
+    (folder / name).write_text(content)
+    status, printed = run_publish(folder, "--dry-run")
+    assert status == 2 and name in printed
+
+
+def test_aliases_that_multiply_are_one_line(run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run", heads=False, probes={})
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join(['*' + a] * 10)}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    (folder / "resolved.yaml").write_text("\n".join(lines))
+    status, printed = run_publish(folder, "--dry-run")
+    assert status == 2 and "resolved.yaml: it holds more than" in printed
+
+
+@pytest.mark.parametrize(
+    ("numbers", "settings", "said"),
+    [
+        ({"blocks": [[1, 2, 3], [4, 5, 6]]}, {}, "of the blocks"),
+        ({}, {"num_blocks": 4}, "of the number of blocks, config.json says 3 and resolved.yaml says 4"),
+        ({}, {"block_repeats": [2, 2, 2]}, "of the layers per block"),
+        ({"seed": 4}, {}, "of the seed"),
+        ({"teacher": {"name": "other/vit"}}, {}, "of the teacher"),
+        ({"run_id": "a"}, {"run_id": "b"}, "of the run"),
+        ({"backbone": "0" * 64}, {}, "of the backbone's weights"),
+    ],
+)
+def test_files_of_different_runs_are_refused(numbers, settings, said, hub, run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run", heads=False, probes={}, settings=settings, **numbers)
+    status, printed = run_publish(folder)
+    assert status == 2 and "different runs" in printed and said in printed and hub.repos == {}
+
+
+def test_heads_of_another_backbone_are_refused(hub, run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run")
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors", {"format": "pt"})
+    status, printed = run_publish(folder)
+    assert status == 2 and "ade20k, nyu, teacher" in printed and "another backbone" in printed and hub.repos == {}
+
+
+def test_links_and_what_is_no_png_in_figures_are_refused(hub, run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run", heads=False, probes={})
+    (tmp_path / "secret.png").write_bytes((folder / "figures" / "losses.png").read_bytes())
+    (folder / "figures" / "linked.png").symlink_to(tmp_path / "secret.png")
+    status, printed = run_publish(folder)
+    assert status == 2 and "linked.png is a link" in printed
+    (folder / "figures" / "linked.png").unlink()
+    (folder / "figures" / "page.png").write_text("<html><script>alert(1)</script></html>")
+    status, printed = run_publish(folder)
+    assert status == 2 and "page.png is not a PNG image" in printed and hub.repos == {}
+
+
+def test_what_looks_like_a_token_in_a_servers_answer_is_not_printed():
+    secrets = ["hf_" + "Ab1" * 10, "ghp_" + "x1Y2" * 9, "AKIA1234567890ABCDEF1234567890ABCDEF"]
+    for secret in secrets:
+        said = blot_tokens(f"invalid token {secret} for user")
+        assert secret not in said and said.endswith(" for user")
+    assert "password=(token)" in blot_tokens("password=hunter2hunter2")
+    harmless = "the repository alice/tiny is full: 3 of 3 files"
+    assert blot_tokens(harmless) == harmless
+
+
 def test_a_card_that_the_hub_refuses_is_not_uploaded(hub, shared_run, run_publish):
     for arguments in (("--dry-run",), ()):
         status, printed = run_publish(shared_run, *arguments, "--license", "no-such-licence")
@@ -364,8 +451,25 @@ def test_a_card_that_the_hub_refuses_is_not_uploaded(hub, shared_run, run_publis
 
 def test_an_unreachable_hub_is_one_line(hub, shared_run, run_publish, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    status, printed = run_publish(shared_run, "--dry-run")
+    status, printed = run_publish(shared_run)
     assert status == 2 and "no answer from the Hub" in printed
+
+
+def test_a_dry_run_needs_neither_token_nor_network_and_leaves_the_card_to_read(hub, run_publish, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    folder = save_run_folder(tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(folder), "--repo-id", REPO, "--dry-run"])  # no licence either
+    publish.main()
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\n") and "license:" not in card and "Of the weights not known here" in card
+    status, printed = run_publish(folder, "--dry-run")  # what both have printed
+    left = [line for line in printed.splitlines() if line.strip().startswith("left")]
+    assert status == 0 and ["licence of the teacher" in line for line in left] == [True, False, False]
+    assert all("no answer from the Hub" in line for line in left[1:])
+    assert "license: apache-2.0" in (folder / "README.md").read_text()
+    # what is wrong here is still an error
+    (folder / "metrics.json").write_text("[]")
+    assert run_publish(folder, "--dry-run")[0] == 2
 
 
 def test_nothing_private_goes_up(hub, run_publish, tmp_path, monkeypatch):

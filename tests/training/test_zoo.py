@@ -79,10 +79,11 @@ def teacher_run(tmp_path):
     return folder
 
 
-def test_the_readme_has_the_table_that_the_command_writes(zoo, monkeypatch):
+def test_the_page_of_the_zoo_has_the_table_that_the_command_writes(zoo, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert zoo.with_table(text, zoo.make_table("model_cards", PUBLISHED)) == text, "run python training/zoo.py"
+    text = (ROOT / "model_cards" / "README.md").read_text(encoding="utf-8")
+    table = zoo.make_table("model_cards", PUBLISHED, "model_cards")
+    assert zoo.with_table(text, table) == text, "run python training/zoo.py"
 
 
 def test_every_model_of_the_zoo_has_a_card_with_the_tag_raptor():
@@ -102,8 +103,8 @@ def test_a_run_comes_in_whole_without_code_and_stands_in_the_table(zoo, run_zoo,
         *("tiny-k3", "dinov2-small", "3 (3+1+2)", "cifar10", "7.00 M (32 %)", "85.0 %", "94.4 % of 90.0 %", "0.950"),
         *("30 steps, 3 min, NVIDIA H100", "yaml", f"here, {size:.1f} MB"),
     ]
-    assert f"| [tiny-k3]({folder.as_posix()}/README.md) |" in text
-    assert f"| [yaml]({folder.as_posix()}/resolved.yaml) |" in text
+    assert "| [tiny-k3](cards/tiny-k3/README.md) |" in text
+    assert "| [yaml](cards/tiny-k3/resolved.yaml) |" in text
     assert text.startswith("# Title\n\n") and text.endswith("\n\nrest\n") and "old" not in text
     assert not list(folder.rglob("*.py")) and not (folder / "losses.json").exists()
     assert (folder / "figures" / "phases.png").is_file()
@@ -152,6 +153,30 @@ def test_a_student_is_linked_to_its_teacher_in_the_zoo(run_zoo, teacher_run, tmp
     card = (tmp_path / "cards" / "tiny" / "README.md").read_text()
     assert "[`cards/vit`](../vit/README.md)" in card and "license: apache-2.0" in card
     assert "auto_map" not in (tmp_path / "cards" / "tiny" / "config.json").read_text()
+
+
+def test_refreshing_writes_the_cards_of_students_from_their_own_files(run_zoo, tmp_path):
+    run = save_run_folder(tmp_path / "run", blocks=[[1, 2, 3], [4], [5, 6]])
+    run_zoo("--add", str(run), "--name", "tiny", "--license", "mit")
+    folder = tmp_path / "cards" / "tiny"
+    before = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (folder / "README.md").write_text("old")
+    run_zoo("--refresh", "--license", "mit")
+    after = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert after == before and (folder / "README.md").read_text() != "old"
+
+
+def test_digits_k3_of_the_zoo_is_the_run_of_its_config(zoo):
+    config = zoo.parse_settings(zoo.DistillSettings, [str(ROOT / "training/configs/distill/digits_k3.yaml")])
+    resolved = yaml.safe_load((ROOT / "model_cards" / "digits-k3" / "resolved.yaml").read_text())
+    # the study of three seeds evaluates on the way, and names its folders
+    same = {name: value for name, value in resolved.items() if name not in ("output_dir", "eval_every")}
+    same = {name: value for name, value in same.items() if hasattr(config, name)}
+    assert len(same) > 40 and {name: getattr(config, name) for name in same} == same
+    numbers = json.loads((ROOT / "model_cards" / "digits-k3" / "metrics.json").read_text())
+    comment = (ROOT / "training/configs/distill/digits_k3.yaml").read_text()
+    assert f"R^2 {numbers['fidelity']['r2'][-1]:.3f}".replace(" 0.", " .") in comment
+    assert numbers["teacher"]["name"] == "model_cards/digits-teacher"
 
 
 def test_adding_again_replaces_a_student_whole_and_nothing_else(run_zoo, teacher_run, tmp_path, capsys):
@@ -226,7 +251,7 @@ def test_missing_numbers_are_dashes_and_teachers_come_first(zoo, tmp_path):
         (tmp_path / name / "metrics.json").write_text(json.dumps(numbers))
         (tmp_path / name / "resolved.yaml").write_text(f"dataset: digits\n{settings}\n")
     (tmp_path / "zoo.yaml").write_text(NO_STUDENTS)
-    text = zoo.make_table(tmp_path, tmp_path / "zoo.yaml")
+    text = zoo.make_table(tmp_path, tmp_path / "zoo.yaml", tmp_path)
     teacher = ["b-teacher", "-", "12 layers", "digits", "1.25 M", "50.0 %", "-", "-", "-", "yaml", "not here"]
     student = ["a-student", "b", "1 (1)", "digits", "-", "-", "-", "-", "-", "yaml", "not here"]
     assert cells(text, "b-teacher") == teacher and cells(text, "a-student") == student
@@ -235,7 +260,7 @@ def test_missing_numbers_are_dashes_and_teachers_come_first(zoo, tmp_path):
 
 def test_published_students_have_the_papers_numbers_and_say_that_they_are_not_ours(zoo, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = zoo.make_table("model_cards", PUBLISHED)
+    text = zoo.make_table("model_cards", PUBLISHED, "model_cards")
     # shares of ViT-B's parameters and accuracies as published
     for k, repeats, share, accuracy, retained in (
         *((2, "7+5", 24, "81.2 ± 0.2", "96.1"), (3, "7+3+2", 35, "83.0 ± 0.1", "98.2")),
@@ -280,7 +305,7 @@ def test_every_command_of_the_zoo_is_one_that_its_recipe_takes(zoo, monkeypatch)
         "training/distill.py": importlib.import_module("training.distill").DistillSettings,
         "training/train_teacher.py": importlib.import_module("training.train_teacher").TeacherSettings,
     }
-    text = zoo.make_table("model_cards", PUBLISHED)
+    text = zoo.make_table("model_cards", PUBLISHED, "model_cards")
     commands = re.search(r"```bash\n(.*?)\n```", text, re.DOTALL).group(1).splitlines()
     assert len(commands) == len([line for line in text.splitlines() if line.startswith("|")]) - 2
     for command in commands:
@@ -299,13 +324,13 @@ def test_every_command_of_the_zoo_is_one_that_its_recipe_takes(zoo, monkeypatch)
 def test_a_published_student_needs_a_config_and_a_teacher(zoo, tmp_path):
     path = tmp_path / "zoo.yaml"
     with pytest.raises(FileNotFoundError, match="published is"):
-        zoo.published_rows(path)
+        zoo.published_rows(path, tmp_path)
     path.write_text("launch: gpu.yaml\nteachers: {}\nstudents: {a.yaml: {}}\n")
     with pytest.raises(FileNotFoundError, match=r"a\.yaml"):
-        zoo.published_rows(path)
+        zoo.published_rows(path, tmp_path)
     (tmp_path / "a.yaml").write_text("{teacher: org/vit, dataset: digits, output_dir: x, num_blocks: 2}")
     with pytest.raises(ValueError, match="no teacher 'org/vit'"):
-        zoo.published_rows(path)
+        zoo.published_rows(path, tmp_path)
 
 
 def test_bad_input_is_one_line_and_changes_nothing(zoo, run_zoo, tmp_path, capsys):

@@ -6,7 +6,6 @@ The runs are model folders with a metrics.json, as distill.py and probe.py leave
 that finds the folders of its seeds. Numbers come from these files only; a number that no run has is left empty.
 """
 
-import json
 import logging
 import re
 import shlex
@@ -20,6 +19,7 @@ from typing import Any
 
 from raptor_hf import figures
 from raptor_hf.recipes.files import write_json, write_text_atomically
+from raptor_hf.recipes.run_metrics import METRICS_FILE, StudentMetrics
 from raptor_hf.recipes.settings import parse_settings, user_errors
 
 logger = logging.getLogger("results")
@@ -61,7 +61,7 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
         rows = {name: read_runs(name, pattern) for name, pattern in split_rows(settings.rows)}
-        heads = {variant for runs in rows.values() for run in runs for variant in run["probes"]}
+        heads = {variant for runs in rows.values() for run in runs for variant in run.metrics.probes}
         if unknown := set(settings.variants or ()) - heads:
             raise ValueError(f"variants has {sorted(unknown)}; the heads of these runs are {sorted(heads)}")
         output_dir = Path(settings.output_dir)
@@ -83,8 +83,17 @@ def split_rows(rows: Sequence[str]) -> list[tuple[str, str]]:
     return [tuple(row.rsplit(" = ", 1)) for row in rows]
 
 
-def read_runs(name: str, pattern: str) -> list[dict[str, Any]]:
-    """The metrics of all folders that a pattern finds, with the size of their files.
+@dataclass(frozen=True)
+class ProbedRun:
+    """A folder with heads: its numbers, and the bytes of its weights without them."""
+
+    folder: Path
+    metrics: StudentMetrics
+    num_bytes: int
+
+
+def read_runs(name: str, pattern: str) -> list[ProbedRun]:
+    """All folders that a pattern finds.
 
     Raises:
         FileNotFoundError: there is none, or one of them belongs to a run that has not finished.
@@ -92,46 +101,41 @@ def read_runs(name: str, pattern: str) -> list[dict[str, Any]]:
     """
     runs = []
     for folder in sorted(map(Path, glob(pattern))):
-        if not (folder / "metrics.json").is_file():
+        if not (folder / METRICS_FILE).is_file():
             raise FileNotFoundError(f"row {name!r}: {folder} holds no metrics.json; finish that run, or leave it out")
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        if not metrics.get("probes") or "student" not in metrics.get("macs", {}):
+        metrics = StudentMetrics.read(folder)
+        if not metrics.probes or metrics.macs.student is None:
             raise ValueError(f"row {name!r}: {folder} was not probed; run training/probe.py on it first")
-        runs.append(metrics | {"bytes": (folder / "model.safetensors").stat().st_size, "folder": folder.as_posix()})
+        runs.append(ProbedRun(folder, metrics, (folder / "model.safetensors").stat().st_size))
     if not runs:
         raise FileNotFoundError(f"row {name!r}: no folder is found by {pattern!r}")
     return runs
 
 
-def summary(name: str, runs: Sequence[dict[str, Any]], variants: Sequence[str] | None) -> dict[str, Any]:
+def summary(name: str, runs: Sequence[ProbedRun], variants: Sequence[str] | None) -> dict[str, Any]:
     """One row: every number as a list over runs and seeds of the head."""
     values: dict[str, list[float]] = {}
-    for run in runs:
-        for variant, probe in run.get("probes", {}).items():
+    directions = {}
+    for metrics in (run.metrics for run in runs):
+        for variant, probe in metrics.probes.items():
             if variants is None or variant in variants:
-                for metric, numbers in probe["last"].items():
+                directions[f"{variant}/{probe.metric}"] = probe.higher_is_better
+                for metric, numbers in probe.last.items():
                     values.setdefault(f"{variant}/{metric}", []).extend(numbers)
-        for variant, checks in run.get("quick_checks", {}).items():
+        for variant, checks in metrics.quick_checks.items():
             for metric, number in checks.items():
                 if metric in METRICS and (variants is None or variant in variants):
                     values.setdefault(f"{variant}/{metric}", []).append(number)
-        fidelity = run.get("fidelity", {})
-        if fidelity.get("r2"):
-            values.setdefault("r2_last", []).append(fidelity["r2"][-1])
-    directions = {
-        f"{variant}/{probe['metric']}": probe["higher_is_better"]
-        for run in runs
-        for variant, probe in run.get("probes", {}).items()
-        if variants is None or variant in variants
-    }
+        if metrics.fidelity and metrics.fidelity.r2:
+            values.setdefault("r2_last", []).append(metrics.fidelity.r2[-1])
     return {
         "name": name,
-        "folders": [run["folder"] for run in runs],
+        "folders": [run.folder.as_posix() for run in runs],
         "values": values,
         "higher_is_better": directions,
-        "parameters": runs[0]["parameters"]["student"],
-        "macs": runs[0]["macs"]["student"],
-        "bytes": runs[0]["bytes"],
+        "parameters": runs[0].metrics.parameters.student,
+        "macs": runs[0].metrics.macs.student,
+        "bytes": runs[0].num_bytes,
     }
 
 

@@ -8,7 +8,6 @@ and gives stands in its config file.
 """
 
 import dataclasses
-import json
 import logging
 import os
 import re
@@ -27,6 +26,7 @@ from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.figures import mean_and_deviation
 from raptor_hf.hub.card_words import device_words
 from raptor_hf.recipes.files import write_json, write_text_atomically
+from raptor_hf.recipes.run_metrics import METRICS_FILE, StudentMetrics, read_json
 from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
 
 from . import figures
@@ -120,7 +120,7 @@ class PlannedRun:
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / "metrics.json").exists()
+        return (self.folder / METRICS_FILE).exists()
 
 
 def main() -> None:
@@ -248,8 +248,8 @@ def tail(path: Path, num_lines: int = 15) -> str:
 
 def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
     """What matters of one finished run."""
-    metrics = read_json(run.folder / "metrics.json")
-    fidelity, seconds, settings = metrics["fidelity"], metrics["seconds"], run.settings
+    metrics, settings = StudentMetrics.read(run.folder), run.settings
+    fidelity, seconds = metrics.fidelity, metrics.seconds
     base_settings = settings_to_dict(parse_settings(DistillSettings, [base], exit_on_error=False))
     return {
         "variant": run.variant,
@@ -259,19 +259,21 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
             for name, value in settings_to_dict(settings).items()
             if name not in NOT_COMPARED and value != base_settings[name]
         },
-        "r2_last": fidelity["r2"][-1],
-        "r2_mean": statistics.fmean(fidelity["r2"]),
-        **{name: fidelity[name] for name in ("agreement", "student_accuracy", "teacher_accuracy")},
-        "parameters": metrics["parameters"],
-        "macs": metrics["macs"],
+        "r2_last": fidelity.r2[-1],
+        "r2_mean": statistics.fmean(fidelity.r2),
+        "agreement": fidelity.agreement,
+        "student_accuracy": fidelity.student_accuracy,
+        "teacher_accuracy": fidelity.teacher_accuracy,
+        "parameters": metrics.parameters.to_dict(),
+        "macs": metrics.macs.to_dict(),
         "training_steps": settings.stage1_steps + settings.stage2_steps,
         "training_seconds": seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
         "batch_size": settings.batch_size,
         "mixed_precision": settings.mixed_precision or "no",
-        "blocks": metrics["blocks"],
-        "evaluations": [evaluation_of(entry, settings.stage1_steps) for entry in metrics["evaluations"]],
-        "device": metrics["device"],
-        "versions": metrics["versions"],
+        "blocks": metrics.blocks,
+        "evaluations": [evaluation_of(entry.to_dict(), settings.stage1_steps) for entry in metrics.evaluations],
+        "device": metrics.device,
+        "versions": metrics.versions,
     }
 
 
@@ -428,11 +430,6 @@ def share(cost: dict[str, float]) -> str:
 def command_line(arguments: Sequence[str]) -> str:
     """The command that a table names."""
     return "python -m training.studies.study " + shlex.join(arguments)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a result file."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.metrics import FidelityAccumulator
 from raptor_hf.phases import Partition, phase_contrast
 from raptor_hf.recipes.files import write_json, write_text_atomically
+from raptor_hf.recipes.run_metrics import StudentMetrics, TeacherMetrics, read_json
 from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, user_errors
 from raptor_hf.teacher import Teacher, load_teacher
 from training.train_teacher import TeacherSettings
@@ -41,7 +42,6 @@ from .study import (
     flag_list,
     machines,
     measured,
-    read_json,
     run_all,
     slug,
     split_variants,
@@ -187,8 +187,8 @@ def records_of(pairs: Sequence[Pair], settings: TeacherStudySettings) -> list[di
 
 def record_of(pair: Pair) -> dict[str, Any]:
     """What matters of one teacher and its student."""
-    teacher, student = (read_json(run.folder / "metrics.json") for run in (pair.teacher, pair.student))
-    phases, fidelity = read_json(pair.student.folder / "phases.json"), student["fidelity"]
+    teacher, student = TeacherMetrics.read(pair.teacher.folder), StudentMetrics.read(pair.student.folder)
+    phases, fidelity = read_json(pair.student.folder / "phases.json"), student.fidelity
     partition, measures = Partition.from_dict(phases), measures_of(pair)
     return {
         "variant": pair.variant,
@@ -196,25 +196,25 @@ def record_of(pair: Pair) -> dict[str, Any]:
         "drop_path_rate": pair.teacher_settings.drop_path_rate,
         "teacher_steps": pair.teacher_settings.steps,
         "student_steps": pair.student.settings.stage1_steps + pair.student.settings.stage2_steps,
-        "teacher_accuracy": fidelity["teacher_accuracy"],
+        "teacher_accuracy": fidelity.teacher_accuracy,
         "train_accuracy": measures["train"]["accuracy"],
         "test_loss": measures["test"]["loss"],
         "train_loss": measures["train"]["loss"],
-        "teacher_evaluations": teacher["evaluations"],
+        "teacher_evaluations": [entry.to_dict() for entry in teacher.evaluations],
         "similarity": layer_similarity(phases["distance"]),
         "contrast": phase_contrast(phases["distance"], partition),
-        "blocks": student["blocks"],
-        "r2_last": fidelity["r2"][-1],
-        "r2_mean": statistics.fmean(fidelity["r2"]),
+        "blocks": student.blocks,
+        "r2_last": fidelity.r2[-1],
+        "r2_mean": statistics.fmean(fidelity.r2),
         "copy_r2_mean": statistics.fmean(measures["copy_r2"]),
-        "change_r2": change_r2(fidelity["r2"], measures["copy_r2"]),
-        "agreement": fidelity["agreement"],
-        "student_accuracy": fidelity["student_accuracy"],
-        "retained": fidelity["student_accuracy"] / (fidelity["teacher_accuracy"] or math.nan),
-        "teacher_seconds": teacher["seconds"],
-        "student_seconds": student["seconds"],
-        "device": student["device"],
-        "versions": student["versions"],
+        "change_r2": change_r2(fidelity.r2, measures["copy_r2"]),
+        "agreement": fidelity.agreement,
+        "student_accuracy": fidelity.student_accuracy,
+        "retained": fidelity.student_accuracy / (fidelity.teacher_accuracy or math.nan),
+        "teacher_seconds": teacher.seconds,
+        "student_seconds": student.seconds,
+        "device": student.device,
+        "versions": student.versions,
     }
 
 

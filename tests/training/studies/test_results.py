@@ -10,9 +10,16 @@ from training.studies.results import ResultsSettings, read_runs, retained, sprea
 
 def make_run(folder, accuracies, parameters=10, rmse=None):
     folder.mkdir(parents=True)
+    source = {"dataset": "digits", "split": "test", "seeds": list(range(len(accuracies)))}
     probes = {"digits": {"metric": "accuracy", "higher_is_better": True, "last": {"accuracy": accuracies}}}
+    probes["digits"] |= source | {"task": "image-classification"}
     if rmse is not None:
-        probes["depth"] = {"metric": "rmse", "higher_is_better": False, "last": {"rmse": [rmse]}}
+        probes["depth"] = source | {
+            "task": "depth-estimation",
+            "metric": "rmse",
+            "higher_is_better": False,
+            "last": {"rmse": [rmse]},
+        }
     metrics = {"probes": probes, "parameters": {"student": parameters}, "macs": {"student": 2 * parameters}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "model.safetensors").write_bytes(b"0" * 2_500_000)
