@@ -31,6 +31,8 @@ class DistillSettings:
     block_repeats: list[int] | None = None
     num_blocks: int | None = None
     partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = "normalized"
+    # between layers: 1 - cos and 1 - CKA of cls and mean patch, or the squared difference of all tokens
+    distance: Literal["cosine", "mse", "cka"] = "cosine"
     phase_images: int = 10_000
     num_bootstraps: int = 100
     # the student
