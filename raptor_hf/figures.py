@@ -14,13 +14,20 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from .phases import Partition, as_distance_matrix
 
+# of the kinds of distance that `SimilarityAccumulator` measures
+DISTANCE_LABELS = {
+    "cosine": "distance 1 \N{MINUS SIGN} cos (cls, mean patch)",
+    "mse": "mean squared difference of all tokens",
+    "cka": "distance 1 \N{MINUS SIGN} CKA (cls, mean patch)",
+}
+
 
 def plot_phases(
     distance: np.ndarray,
     partition: Partition,
     path: str | os.PathLike[str] | None = None,
     title: str | None = None,
-    label: str = "distance 1 \N{MINUS SIGN} cos (cls, mean patch)",
+    label: str = DISTANCE_LABELS["cosine"],
 ) -> Figure:
     """Draws the distances between layers as a heat map, and the blocks of a partition on it.
 

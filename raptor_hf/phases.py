@@ -8,15 +8,12 @@ each other go to one block. Random partitions serve as controls, an online boots
 boundaries are.
 """
 
-import json
 import math
 import operator
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -24,6 +21,8 @@ import numpy as np
 from .similarity import check_at_least, check_choice
 
 Method = Literal["normalized", "cut", "bisection"]
+# bisection tries every cut of a cluster in two: 2^23 at this number of layers
+MAX_BISECTION_LAYERS = 24
 
 
 @dataclass(frozen=True)
@@ -135,18 +134,6 @@ class Partition:
             raise ValueError(f"data lacks {sorted(missing)}; it has {sorted(data)}")
         return cls(blocks=data["blocks"], method=data["method"], objective=data["objective"])
 
-    def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes the partition to a file, atomically: a reader sees the old file or the new one."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-
-    @classmethod
-    def load_json(cls, path: str | os.PathLike[str]) -> "Partition":
-        """Reads a partition that `save_json` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-
 
 def as_distance_matrix(distance: Any) -> np.ndarray:
     """Checks a matrix of distances between layers and returns it as (L, L) float64, exactly symmetric.
@@ -222,6 +209,42 @@ def find_phases(
         boundaries = _best_boundaries(_segment_costs(distance, method), num_blocks, min_size, _tie_width(distance))
         blocks = Partition.from_boundaries(boundaries, num_layers).blocks
     return Partition(blocks, method, _within(distance, blocks, method))
+
+
+def other_phases(distance: np.ndarray, partition: Partition) -> dict[str, Partition]:
+    """Returns what the other searches find with as many blocks, where that is another partition.
+
+    A partition that depends on how it was searched is a choice, not a fact about the layers: say so beside it.
+
+    Args:
+        distance: (L, L) between layers.
+        partition: that `find_phases` found on it with the default `min_size`.
+
+    Returns:
+        By the name of the search, the partitions that differ; empty where all agree. "METHOD, min_size 1" is the search
+        that found `partition` without the smallest number of layers per block: if it is there, `min_size` binds. All
+        objectives are those of `partition.method`, so that they compare. Beyond 24 layers there is no bisection.
+
+    Raises:
+        ValueError: if `partition` was not found by a search, or has another number of layers.
+    """
+    distance, num_blocks = _matching(distance, partition), partition.num_blocks
+    check_choice("partition.method", partition.method, get_args(Method))
+    searches = {f"{partition.method}, min_size 1": (partition.method, 1)}
+    searches |= {method: (method, None) for method in get_args(Method) if method != partition.method}
+    others = {}
+    for name, (method, min_size) in searches.items():
+        if method == "bisection" and len(distance) > MAX_BISECTION_LAYERS:
+            continue
+        try:
+            blocks = find_phases(distance, num_blocks, method, min_size).blocks
+        except ValueError:
+            if method != "bisection":
+                raise
+            continue  # bisection ends in other numbers of blocks
+        if blocks != partition.blocks:
+            others[name] = Partition(blocks, method, _within(distance, blocks, partition.method))
+    return others
 
 
 def partition_objective(distance: np.ndarray, partition: Partition, method: Method = "normalized") -> float:
@@ -388,8 +411,11 @@ def _bisect(
 ) -> tuple[tuple[int, ...], ...]:
     """Recursive max-cut; stops at `num_blocks` clusters or at cuts of at most `eps` of the total weight."""
     num_layers = len(distance)
-    if num_layers > 24:
-        raise ValueError(f"distance has {num_layers} layers; method='bisection' is exhaustive and takes at most 24")
+    if num_layers > MAX_BISECTION_LAYERS:
+        raise ValueError(
+            f"distance has {num_layers} layers; method='bisection' is exhaustive and takes at most "
+            f"{MAX_BISECTION_LAYERS}"
+        )
     threshold = -np.inf if eps is None else eps * distance.sum() / 2
     tie_width = _tie_width(distance)
     clusters = [np.arange(num_layers)]

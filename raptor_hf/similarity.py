@@ -36,12 +36,13 @@ class SimilarityAccumulator(Accumulator):
         num_layers: L, layers of the teacher.
         tokens: which tokens are cls, registers, patches; without a cls the patch mean is the only summary.
         kind: the distance, one of the three above.
-        num_bootstraps: replicas of an online bootstrap over images, `"cosine"` only. Each replica counts each image
-            Poisson(1) times, which resamples without storing anything per image (Hanley & MacGibbon, 2006).
+        num_bootstraps: replicas of an online bootstrap over images, not for `"cka"`, which is no mean over images.
+            Each replica counts each image Poisson(1) times, which resamples without storing anything per image (Hanley
+            & MacGibbon, 2006).
         seed: of the bootstrap; processes that share the images must each have their own.
 
     Raises:
-        ValueError: for an unknown kind, a count out of range, or a bootstrap of another kind than cosine.
+        ValueError: for an unknown kind, a count out of range, or a bootstrap of `"cka"`.
     """
 
     def __init__(
@@ -55,8 +56,8 @@ class SimilarityAccumulator(Accumulator):
         check_choice("kind", kind, get_args(Kind))
         check_at_least("num_layers", num_layers, 1)
         check_at_least("num_bootstraps", num_bootstraps, 0)
-        if num_bootstraps and kind != "cosine":
-            raise ValueError(f"num_bootstraps={num_bootstraps} needs kind='cosine', not kind={kind!r}")
+        if num_bootstraps and kind == "cka":
+            raise ValueError(f"num_bootstraps is {num_bootstraps}; it must be 0 for kind='cka', no mean over images")
         self.num_layers = num_layers
         self.tokens = tokens
         self.kind = kind
@@ -83,9 +84,7 @@ class SimilarityAccumulator(Accumulator):
         self.tokens.check_states(states, self.num_layers)
         num_images = states.shape[0]
         states = states[:, 1:]
-        if self.kind == "mse":
-            self._add_weighted(np.ones((num_images, 1)), _state_grams(states))
-        elif self.kind == "cka":
+        if self.kind == "cka":
             if num_images < 4:
                 raise ValueError(
                     f"states holds {num_images} images; kind='cka' needs at least 4 per update (drop the last batch)"
@@ -93,11 +92,11 @@ class SimilarityAccumulator(Accumulator):
             hsic = _unbiased_hsic(self.tokens.summaries(states))
             self._add_weighted(np.full((1, 1), num_images), hsic[None])
         else:
+            is_mse = self.kind == "mse"
+            matrices = _state_grams(states) if is_mse else _cosine_distances(self.tokens.summaries(states))
             # Drawn image by image, so that the replicas do not depend on how the images are batched.
             draws = self._generator.poisson(1.0, (num_images, self.num_bootstraps))
-            self._add_weighted(
-                np.hstack([np.ones((num_images, 1)), draws]), _cosine_distances(self.tokens.summaries(states))
-            )
+            self._add_weighted(np.hstack([np.ones((num_images, 1)), draws]), matrices)
 
     def _add_weighted(self, weights: np.ndarray, matrices: torch.Tensor) -> None:
         """Adds N matrices (N, L, L) with their weights (N, 1 + num_bootstraps)."""

@@ -82,13 +82,12 @@ def test_cka_ignores_rotation_and_scale_but_not_independent_layers():
 
 @pytest.mark.parametrize("kind", ["cosine", "mse"])
 def test_streaming_in_batches_equals_all_images_at_once(kind):
-    settings = {"num_bootstraps": 8, "seed": 3} if kind == "cosine" else {}
+    settings = {"num_bootstraps": 8, "seed": 3}
     states = random_states(13)
     whole, parts = accumulate(kind, states, **settings), accumulate(kind, *states.split(4), **settings)
     np.testing.assert_allclose(parts.compute(), whole.compute(), atol=1e-13)
     assert parts.num_images == 13
-    if settings:
-        np.testing.assert_allclose(parts.bootstrap(), whole.bootstrap(), atol=1e-13)
+    np.testing.assert_allclose(parts.bootstrap(), whole.bootstrap(), atol=1e-13)
 
 
 @pytest.mark.parametrize(("kind", "uses_registers"), [("cosine", False), ("cka", False), ("mse", True)])
@@ -115,6 +114,15 @@ def test_bfloat16_states_lose_nothing_more_even_under_autocast(kind):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         distance = accumulate(kind, states).compute()
     np.testing.assert_allclose(distance, accumulate(kind, states.double()).compute(), atol=1e-6)
+
+
+def test_replicas_of_the_mse_are_that_of_images_drawn_again():
+    states = random_states(7)
+    replicas = accumulate("mse", states, num_bootstraps=3, seed=5).bootstrap()
+    draws = np.random.default_rng(5).poisson(1.0, (7, 3))
+    for draw, replica in zip(draws.T, replicas, strict=True):
+        again = accumulate("mse", states.repeat_interleave(torch.from_numpy(draw), 0)).compute()
+        np.testing.assert_allclose(replica, again, atol=1e-12)
 
 
 def test_summed_sums_of_two_processes_equal_one_pass():
@@ -157,5 +165,5 @@ def test_the_accumulator_refuses_what_it_cannot_use():
         accumulate("mse", random_states(2) * torch.nan).compute()
     with pytest.raises(ValueError, match="kind='l2' must be one of cosine, mse, cka"):
         SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="l2")
-    with pytest.raises(ValueError, match="num_bootstraps=5 needs kind='cosine'"):
-        SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="mse", num_bootstraps=5)
+    with pytest.raises(ValueError, match="num_bootstraps is 5; it must be 0 for kind='cka'"):
+        SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="cka", num_bootstraps=5)

@@ -34,15 +34,19 @@ from tqdm import tqdm
 from raptor_hf import figures
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
-from raptor_hf.distillation.student import block_parameters, choose_partition, make_student, trial_partition
+from raptor_hf.distillation.student import (
+    block_parameters,
+    choose_partition,
+    describe_choice,
+    make_student,
+    trial_partition,
+)
 from raptor_hf.distillation.task import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
 from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
-from raptor_hf.phases import (
-    Partition,
-)
+from raptor_hf.phases import Partition, other_phases
 from raptor_hf.recipes.checkpoint import resume_run, save_run
 from raptor_hf.recipes.files import as_plain, write_json, written_beside
 from raptor_hf.recipes.loop import (
@@ -213,7 +217,8 @@ def phases_of(
     similarity = SimilarityAccumulator(
         layers,
         teacher.tokens,
-        num_bootstraps=settings.num_bootstraps,
+        settings.distance,
+        num_bootstraps=0 if settings.distance == "cka" else settings.num_bootstraps,  # cka is no mean over images
         seed=settings.seed + accelerator.process_index,
     )
     variance = LayerVariance(layers, teacher.hidden_size)
@@ -231,11 +236,16 @@ def phases_of(
     partition, stability = choose_partition(distance, similarity, settings, layers)
     if accelerator.is_main_process:
         (folder / "figures").mkdir(exist_ok=True)
+        was_found = settings.block_repeats is None and not settings.partition.startswith("random")
+        others = other_phases(distance, partition) if was_found else {}
         record = partition.to_dict() | {"distance": distance, "num_images": num_steps * settings.batch_size}
-        write_json(folder / "phases.json", record | {"stability": stability})
-        figures.plot_phases(distance, partition, folder / "figures" / "phases.png")
-        stable = f", boundaries stable in {stability['modal_frequency']:.0%} of bootstraps" if stability else ""
-        logger.info("phases %s (%s%s)", partition, partition.method, stable)
+        record |= {"distance_kind": settings.distance, "stability": stability}
+        record["other_phases"] = {name: other.to_dict() for name, other in others.items()}
+        write_json(folder / "phases.json", record)
+        label = figures.DISTANCE_LABELS[settings.distance]
+        figures.plot_phases(distance, partition, folder / "figures" / "phases.png", label=label)
+        for line in describe_choice(partition, others, stability):
+            logger.info(line)
     return partition, variance.compute() if settings.normalize_loss else None
 
 

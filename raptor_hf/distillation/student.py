@@ -1,6 +1,6 @@
 """The student of a distillation: the partition that its settings ask for, and a model with trainable blocks."""
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ def choose_partition(
     if settings.partition == "random_fragmented":
         return random_fragmented(num_layers, settings.num_blocks, settings.seed), None
     partition = find_phases(distance, settings.num_blocks, method=settings.partition)
-    if settings.num_bootstraps == 0 or settings.partition == "bisection":
+    if similarity is None or similarity.num_bootstraps == 0 or settings.partition == "bisection":
         return partition, None
     stability = boundary_stability(similarity.bootstrap(), settings.num_blocks, method=settings.partition)
     return partition, {
@@ -35,11 +35,31 @@ def choose_partition(
     }
 
 
+def describe_choice(
+    partition: Partition, others: Mapping[str, Partition], stability: dict[str, Any] | None
+) -> list[str]:
+    """Says in log lines which phases there are, how sure they are, and what other searches find.
+
+    Args:
+        partition: the chosen one.
+        others: as `other_phases` returns them.
+        stability: as `choose_partition` returns it.
+    """
+    sure = f", the same in {stability['modal_frequency']:.0%} of bootstraps" if stability else ""
+    lines = [f"phases {partition} ({partition.method}{sure})"]
+    for name, other in others.items():
+        lines.append(
+            f"phases are a choice here: {name} gives {other}, {partition.method} objective {other.objective:.3f} "
+            f"against {partition.objective:.3f}"
+        )
+    return lines
+
+
 def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
     """A partition of the wanted kind that needs no images: where phases are to be found, of made-up distances."""
     layers = np.arange(num_layers)
     distance = abs(layers - layers[:, None])
-    return choose_partition(distance, None, replace(settings, num_bootstraps=0), num_layers)[0]
+    return choose_partition(distance, None, settings, num_layers)[0]
 
 
 def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:

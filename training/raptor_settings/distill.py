@@ -57,6 +57,11 @@ class DistillSettings:
     partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = setting(
         "normalized", help="how the phases are found; the random ones are baselines", group="phases"
     )
+    distance: Literal["cosine", "mse", "cka"] = setting(
+        "cosine",
+        help="distance of two layers: 1 - cosine or 1 - CKA of class token and mean patch, or mse of all tokens",
+        group="phases",
+    )
     phase_images: int = setting(
         10_000, help="training images that the phases are found on", group="phases", unit="images", above=0
     )
