@@ -10,9 +10,15 @@ resolved.yaml; those of the published students, which were not trained here, fro
 configs that it names.
 """
 
+from raptor_settings.parse import parse_settings
+from raptor_settings.zoo import ZooSettings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(ZooSettings)
+
 import getpass
 import json
-import re
 import shutil
 import socket
 from collections.abc import Sequence
@@ -26,15 +32,15 @@ from huggingface_hub import get_token
 from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.hub.card_words import dataset_label, describe_training
 from raptor_hf.hub.privacy import PrivateData, check_private
 from raptor_hf.hub.publication import Publication, collect_files, is_hub_dataset, make_publication, read_json
 from raptor_hf.hub.teacher_card import make_teacher_card
 from raptor_hf.recipes.files import rename_over, write_text_atomically
-from raptor_hf.recipes.settings import RESOLVED_FILE, parse_settings, user_errors
+from raptor_hf.recipes.settings import RESOLVED_FILE, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
+from raptor_settings.distill import DistillSettings
 
 # of a teacher that was trained here from random weights
 OWN_LICENSE = "apache-2.0"
@@ -56,27 +62,6 @@ COLUMNS = {
     "weights": ("weights", "---"),
 }
 UNKNOWN = "-"
-
-
-@dataclass(frozen=True)
-class ZooSettings:
-    """Where the zoo is, and what comes into it."""
-
-    cards_dir: str = "model_cards"
-    readme: str = "README.md"
-    published: str = "training/configs/zoo.yaml"  # students that were not trained here
-    add: str | None = None  # folder of a run of distill.py or train_teacher.py
-    name: str | None = None  # of the new model's folder
-    # as in publish.py; the first two are for students
-    teacher_run: str | None = None
-    base_model: str | None = None
-    license: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.add is None) != (self.name is None):
-            raise ValueError("add and name go together: the folder of a run, and what it is called in the zoo")
-        if self.name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):
-            raise ValueError(f"name is {self.name!r}; it must be made of small letters, digits, '.', '_' and '-'")
 
 
 @dataclass(frozen=True)
