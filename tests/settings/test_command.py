@@ -93,7 +93,7 @@ def wheel_environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     left_out = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "runs", "data", "tests", "results")
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
-    pip = [sys.executable, "-m", "pip"]
+    pip, offline = [sys.executable, "-m", "pip"], ["-q", "--no-deps", "--no-index"]
     build = [
         "wheel",
         "-q",
