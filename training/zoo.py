@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import get_token
+from raptor_settings.distill import DistillSettings
 from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -40,7 +41,6 @@ from raptor_hf.hub.teacher_card import make_teacher_card
 from raptor_hf.recipes.files import rename_over, write_text_atomically
 from raptor_hf.recipes.settings import RESOLVED_FILE, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
-from raptor_settings.distill import DistillSettings
 
 # of a teacher that was trained here from random weights
 OWN_LICENSE = "apache-2.0"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-SCRIPTS = ("distill", "probe", "train_teacher", "analyze", "publish", "zoo")
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "training")]), "HF_HUB_OFFLINE": "1"}
+SCRIPTS = ("distill", "probe", "train_teacher", "analyze", "publish", "zoo", "explore")
 # runs a program as `python` would, then tells what it has imported
 WATCH = """
 import runpy, sys
@@ -94,16 +94,7 @@ def wheel_environment(tmp_path_factory):
     left_out = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "runs", "data", "tests", "results")
     shutil.copytree(ROOT, folder / "source", ignore=left_out)
     pip, offline = [sys.executable, "-m", "pip"], ["-q", "--no-deps", "--no-index"]
-    build = [
-        "wheel",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "--no-index",
-        "-w",
-        str(folder),
-        str(folder / "source"),
-    ]
+    build = ["wheel", *offline, "--no-build-isolation", "-w", str(folder), str(folder / "source")]
     subprocess.run([*pip, *build], check=True)
     shutil.rmtree(folder / "source")
     venv.create(folder / "venv", with_pip=False)

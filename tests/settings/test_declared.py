@@ -7,18 +7,19 @@ import typing
 from pathlib import Path
 
 import pytest
-
-from raptor_hf.dynamics.figures import STYLES
 from raptor_settings import analyze
 from raptor_settings.analyze import AnalyzeSettings
 from raptor_settings.declare import GROUPS, TOO_MANY, check_settings, field_types, setting
 from raptor_settings.distill import DistillSettings
+from raptor_settings.explore import ExploreSettings
 from raptor_settings.parse import parse_settings
 from raptor_settings.probe import ProbeSettings
 from raptor_settings.publish import PublishSettings
 from raptor_settings.resources import shipped_configs
 from raptor_settings.teacher import TeacherSettings
 from raptor_settings.zoo import ZooSettings
+
+from raptor_hf.dynamics.figures import STYLES
 from training.benchmarks.benchmark import BenchmarkSettings
 from training.studies.settings import ResultsSettings, StudySettings, TeacherStudySettings
 
@@ -29,6 +30,7 @@ NEEDED = {
     TeacherSettings: {"dataset": "d", "output_dir": "o"},
     AnalyzeSettings: {"model": "m", "dataset": "d", "output_dir": "o"},
     PublishSettings: {"run_folder": ".", "repo_id": "a/b"},
+    ExploreSettings: {"teacher": "t"},
     ZooSettings: {},
     BenchmarkSettings: {},
     StudySettings: {"title": "t", "base": "b", "variants": ["a", "b"], "output_dir": "o", "runs_dir": "r"}

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from raptor_settings.resources import find_model, find_path
 
 from raptor_hf.data.images import load_image_processor
 from raptor_hf.teacher import load_teacher
-from raptor_settings.resources import find_model, find_path
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from raptor_settings.declare import check_settings, setting
 
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.loop import describe_environment
 from raptor_hf.recipes.settings import parse_settings, user_errors
-from raptor_settings.declare import check_settings, setting
 
 from . import candidates, forward, report, training
 from .growth import GROWTH, StepShape, growth, phase_growth, process_scaling

@@ -29,11 +29,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raptor_settings.distill import DistillSettings
+
 from raptor_hf.figures import mean_and_deviation
 from raptor_hf.hub.card_words import device_words
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
-from raptor_settings.distill import DistillSettings
 
 from . import figures
 from .conclusions import (

@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from raptor_settings.distill import DistillSettings
+from raptor_settings.teacher import TeacherSettings
 from torch import Tensor
 
 from raptor_hf.data.images import load_image_processor, open_images
@@ -38,8 +40,6 @@ from raptor_hf.phases import Partition, phase_contrast
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.settings import prepare_output_dir, user_errors
 from raptor_hf.teacher import Teacher, load_teacher
-from raptor_settings.distill import DistillSettings
-from raptor_settings.teacher import TeacherSettings
 
 from .conclusions import by_variant, markdown_table
 from .study import (
