@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from raptor_settings.probe import METRICS, PUBLISHED, Task
 from raptor_settings.resources import find_model
+from torch import Tensor, nn
 
 from .accumulators import Accumulator
 from .conversion import load_meta_linear_head, student_from_teacher

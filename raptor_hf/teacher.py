@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from raptor_settings.resources import find_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
-
-from raptor_settings.resources import find_model
 
 from .configuration_raptor import as_pair
 from .families import (

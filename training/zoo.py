@@ -11,9 +11,15 @@ and resolved.yaml; those of the published students, which were not trained here,
 configs that it names.
 """
 
+from raptor_settings.parse import parse_settings
+from raptor_settings.zoo import ZooSettings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(ZooSettings)
+
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,17 +28,16 @@ from typing import Any
 
 import torch
 import yaml
+from raptor_settings.distill import DistillSettings
 from safetensors import SafetensorError
 from transformers import AutoModelForImageClassification, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.hub.card_words import dataset_label, describe_training
 from raptor_hf.hub.privacy import PrivateData, check_private
 from raptor_hf.hub.publication import (
     Publication,
     card_bytes,
-    check_license,
     collect_files,
     is_hub_dataset,
     make_publication,
@@ -41,7 +46,7 @@ from raptor_hf.hub.publication import (
 from raptor_hf.hub.teacher_card import make_teacher_card
 from raptor_hf.recipes.files import rename_over, write_text_atomically
 from raptor_hf.recipes.run_metrics import METRICS_FILE, Fidelity, RunMetrics, StudentMetrics, TeacherMetrics
-from raptor_hf.recipes.settings import RESOLVED_FILE, parse_settings, user_errors
+from raptor_hf.recipes.settings import RESOLVED_FILE, user_errors
 from raptor_hf.teacher import Teacher, count_parameters
 
 # of a teacher that was trained here from random weights
@@ -67,30 +72,6 @@ UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
-class ZooSettings:
-    """Where the zoo is, and what comes into it."""
-
-    cards_dir: str = "model_cards"
-    readme: str = "model_cards/README.md"  # holds the table, between two comments
-    published: str = "training/configs/zoo.yaml"  # students that were not trained here
-    add: str | None = None  # folder of a run of distill.py or train_teacher.py
-    name: str | None = None  # of the new model's folder
-    refresh: bool = False  # writes the cards of all students anew
-    # as in publish.py; the first two are for students
-    teacher_run: str | None = None
-    base_model: str | None = None
-    license: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.add is None) != (self.name is None):
-            raise ValueError("add and name go together: the folder of a run, and its name in the zoo")
-        if self.license is not None:
-            check_license({"license": self.license})
-        if self.name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", self.name):
-            raise ValueError(f"name is {self.name!r}; it must be made of small letters, digits, '.', '_' and '-'")
-
-
-@dataclass(frozen=True)
 class Row:
     """One model: the command that makes it, and its cells of the table."""
 
@@ -111,6 +92,8 @@ class Row:
 def main() -> None:
     settings = parse_settings(ZooSettings)
     with user_errors():
+        if settings.license is not None:
+            check_license({"license": settings.license})
         if settings.add is not None:
             add_model(settings)
         if settings.refresh:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from raptor_settings.declare import settings_to_dict
 from raptor_settings.parse import parse_settings, read_yaml, user_errors
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from raptor_settings.declare import check_settings, setting
 
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.loop import describe_environment
@@ -36,21 +37,41 @@ logger = logging.getLogger("benchmark")
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What is measured."""
+    """Measure what this package costs beside what else does the job."""
 
-    parts: list[str] = field(default_factory=lambda: list(PARTS))
-    sizes: list[str] = field(default_factory=lambda: list(SHAPES))
-    compiled_sizes: list[str] = field(default_factory=lambda: ["digits", "vits14"])  # a minute per model
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64])
-    dtypes: list[str] = field(default_factory=lambda: ["float32"])  # on a GPU also bfloat16
-    device: str = "cpu"
-    num_threads: int | None = None  # of PyTorch on the CPU; all cores unless given
-    repeats: int = 15
-    warmup: int = 2
-    max_call_seconds: float = 15.0  # a size and batch whose single call would take longer is left out, and said to be
-    max_row_seconds: float = 60.0  # fewer repeats, at least 3, where a row would take longer
-    data: str = "data"  # folder of the parquet files for the input pipeline
-    output_dir: str = "training/results/benchmark"
+    recipe: ClassVar[str] = "benchmark"
+    command: ClassVar[str] = "python -m training.benchmarks.benchmark"
+    example: ClassVar[str] = "--parts training --sizes digits"
+
+    parts: list[str] = field(
+        default_factory=lambda: list(PARTS), metadata={"help": "parts of the benchmark", "group": "run"}
+    )
+    sizes: list[str] = field(
+        default_factory=lambda: list(SHAPES), metadata={"help": "sizes of the models", "group": "teacher"}
+    )
+    compiled_sizes: list[str] = setting(
+        ["digits", "vits14"], help="sizes that are also compiled, a minute for each model", group="teacher"
+    )
+    batch_sizes: list[int] = setting([1, 8, 64], help="batch sizes", group="images", unit="images", at_most=1_048_576)
+    dtypes: list[str] = setting(["float32"], help="precisions; on a GPU also bfloat16", group="machine")
+    device: str = setting("cpu", help="device of PyTorch", group="machine")
+    num_threads: int | None = setting(
+        None, help="threads of PyTorch on the CPU; none takes all cores", group="machine", at_most=4096
+    )
+    repeats: int = setting(15, help="timings of each row", group="run", at_most=1_000_000)
+    warmup: int = setting(2, help="calls before the timings", group="run", at_most=1_000_000)
+    max_call_seconds: float = setting(
+        15.0,
+        help="sizes and batches whose single call takes longer are left out and listed",
+        group="run",
+        unit="seconds",
+        above=0,
+    )
+    max_row_seconds: float = setting(
+        60.0, help="rows that would take longer get fewer repeats, at least 3", group="run", unit="seconds", above=0
+    )
+    data: str = setting("data", help="folder of the parquet files for the input pipeline", group="images")
+    output_dir: str = setting("training/results/benchmark", help="folder of the numbers and the page", group="run")
 
     def __post_init__(self) -> None:
         if self.repeats < 3 or self.warmup < 1:
@@ -63,6 +84,7 @@ class BenchmarkSettings:
             raise ValueError(f"batch_sizes is {self.batch_sizes}; it must hold numbers of at least 1")
         if self.num_threads is not None and self.num_threads < 1:
             raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
+        check_settings(self)
 
     @staticmethod
     def _choices() -> tuple[tuple[str, Collection[str]], ...]:

@@ -147,7 +147,7 @@ class _HelpPage(argparse.RawDescriptionHelpFormatter):
     """One line for each setting, however long: a page that can be searched."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=10_000)
+        super().__init__(prog, max_help_position=40, width=10_000)
 
     def add_argument(self, action: argparse.Action) -> None:
         if action.const is not False:  # --no_x is shown beside --x
@@ -195,7 +195,7 @@ def _parse_flags(
             if fields
         ],
         prog=command,
-        usage=f"%(prog)s [CONFIG.yaml{' | NAME' if hasattr(settings_class, 'recipe') else ''}] [--flag value ...]",
+        usage=f"%(prog)s {_first_argument(settings_class)} [--flag value ...]",
         description=_description(settings_class, command),
         formatter_class=_HelpPage,
     )
@@ -215,6 +215,11 @@ def _parse_flags(
         raise ValueError(f"unexpected argument {unknown[0]!r}; one YAML file comes first, flags follow")
     values = {name: value for group in parsed for name, value in vars(group).items()}
     return {name: values[name] for name in annotations}
+
+
+def _first_argument(settings_class: type) -> str:
+    shipped = shipped_configs(getattr(settings_class, "recipe", ""))
+    return getattr(settings_class, "first", "[CONFIG.yaml | NAME]" if shipped else "[CONFIG.yaml]")
 
 
 def _description(settings_class: type, command: str | None) -> str | None:

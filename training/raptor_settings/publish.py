@@ -15,6 +15,7 @@ class PublishSettings:
     """Upload a distilled student to the Hub, with its code and its card."""
 
     recipe: ClassVar[str] = "publish"
+    first: ClassVar[str] = "RUN_FOLDER"
     command: ClassVar[str] = "python training/publish.py"
     example: ClassVar[str] = "runs/digits_k3 --repo_id ORG/NAME --dry_run"
 

@@ -25,7 +25,7 @@ def shipped_configs(kind: str) -> dict[str, Path]:
     Args:
         kind: folder in training/configs, such as "distill".
     """
-    return {path.stem: path for path in sorted((CONFIGS / kind).glob("*.yaml"))}
+    return {path.stem: path for path in sorted((CONFIGS / kind).glob("*.yaml"))} if kind else {}
 
 
 def find_config(name: str, kind: str | None) -> Path:
@@ -40,7 +40,7 @@ def find_config(name: str, kind: str | None) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    shipped = shipped_configs(kind) if kind else {}
+    shipped = shipped_configs(kind or "")
     if name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
     if not Path(name).is_absolute() and name.endswith(".yaml") and (_ROOT / name).is_file():
@@ -71,15 +71,15 @@ def find_model(name_or_path: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: it can only be a folder, and there is none; the Hub is not asked.
     """
-    path = find_path(name_or_path)
-    name = os.fspath(name_or_path)
-    if not path.exists() and not is_hub_name(name):
+    name, path = os.fspath(name_or_path), find_path(name_or_path)
+    is_here = bool(name) and path.exists()  # an empty path is the working directory
+    if not is_here and not is_hub_name(name):
         packaged = [f"model_cards/{config.parent.name}" for config in MODEL_CARDS.glob("*/config.json")]
         raise FileNotFoundError(
             f"{name!r} is no such folder, and no repository on the Hub, which is called NAME or OWNER/NAME"
             f"{suggest(name, packaged)}"
         )
-    return str(path) if path.exists() else name
+    return str(path) if is_here else name
 
 
 def is_hub_name(name: str) -> bool:

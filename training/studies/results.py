@@ -6,8 +6,15 @@ The runs are model folders with a metrics.json, as distill.py and probe.py leave
 that finds the folders of its seeds. Numbers come from these files only; a number that no run has is left empty.
 """
 
+from raptor_settings.parse import parse_settings
+
+from .settings import ResultsSettings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(ResultsSettings)
+
 import logging
-import re
 import shlex
 import statistics
 import sys
@@ -20,7 +27,7 @@ from typing import Any
 from raptor_hf import figures
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.run_metrics import METRICS_FILE, StudentMetrics
-from raptor_hf.recipes.settings import parse_settings, user_errors
+from raptor_hf.recipes.settings import user_errors
 
 logger = logging.getLogger("results")
 
@@ -36,24 +43,6 @@ METRICS = {
     "knn_accuracy": ("k-NN (%)", 100, 1),
     "logistic_regression_accuracy": ("log. reg. (%)", 100, 1),
 }
-
-
-@dataclass(frozen=True)
-class ResultsSettings:
-    """Settings of a table of results."""
-
-    title: str
-    rows: list[str]  # each "name = pattern of model folders"; the first is the reference, the teacher
-    output_dir: str
-    variants: list[str] | None = None  # heads to show; all that any row has unless given
-
-    def __post_init__(self) -> None:
-        for row in self.rows:
-            # names may hold an "=", as in "k=3"
-            if not re.fullmatch(r".+ = \S+", row):
-                raise ValueError(f"rows has {row!r}; each row must be 'name = pattern of model folders'")
-        if not self.rows:
-            raise ValueError("rows is empty; give at least one 'name = pattern of model folders'")
 
 
 def main() -> None:

@@ -7,10 +7,16 @@ command leaves the runs that have finished, and resumes an interrupted one from 
 and gives stands in its config file.
 """
 
-import dataclasses
+from raptor_settings.parse import parse_settings
+
+from .settings import StudySettings, slug, split_variants
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(StudySettings)
+
 import logging
 import os
-import re
 import shlex
 import statistics
 import subprocess
@@ -20,14 +26,15 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from raptor_hf.distillation.settings import DistillSettings
+from raptor_settings.distill import DistillSettings
+
 from raptor_hf.figures import mean_and_deviation
 from raptor_hf.hub.card_words import device_words
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.run_metrics import METRICS_FILE, StudentMetrics, read_json
-from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
 
 from . import figures
 from .conclusions import (
@@ -47,62 +54,7 @@ from .frontier import Point, baseline_points, frontier_conclusion, study_points
 logger = logging.getLogger("study")
 
 NOT_COMPARED = ("output_dir", "seed", "override")
-NAMED_BY_SERIES = ("trade_off", "partitions", "frontier")
 NEED_EVALUATIONS = ("convergence", "time_to_fidelity")
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """Settings of a study."""
-
-    title: str
-    base: str  # configuration of distill.py
-    variants: list[str]  # each "name --flag value ..."
-    output_dir: str  # of the table, the figure and the numbers
-    runs_dir: str  # of the students
-    figure: Literal["ladder", "convergence", "trade_off", "partitions", "frontier", "time_to_fidelity"]
-    common_flags: str = ""  # of all variants
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
-    num_seeds: list[int] | None = None  # one per variant: only the first so many of the seeds
-    # of the frontier: results.json of other studies and of tables of probes, each "file" or "file = pattern of names"
-    baselines: list[str] | None = None
-    # of the time to fidelity, one per variant but the last: its time that the last may take to come as far
-    goals: list[float] | None = None
-    published: list[float] | None = None  # one per variant
-    published_name: str = "published"
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        check_plan(self.variants, self.seeds, self.jobs)
-        if self.figure in NAMED_BY_SERIES and not all(", " in name for name, _ in split_variants(self.variants)):
-            raise ValueError(f'the figure "{self.figure}" needs variants named "series, label --flag value ..."')
-        if self.figure == "time_to_fidelity" and len(self.variants) < 2:
-            raise ValueError('the figure "time_to_fidelity" compares the last variant with others; give at least 2')
-        if self.figure == "time_to_fidelity" and self.jobs > 1:
-            raise ValueError(f'jobs is {self.jobs}; the figure "time_to_fidelity" compares seconds, so it must be 1')
-        self._check_lists()
-
-    def _check_lists(self) -> None:
-        """Lists that go with the variants."""
-        if self.num_seeds is not None and (
-            len(self.num_seeds) != len(self.variants) or not all(1 <= n <= len(self.seeds) for n in self.num_seeds)
-        ):
-            raise ValueError(
-                f"num_seeds is {self.num_seeds}; it must have one number per variant, {len(self.variants)}, "
-                f"each between 1 and the number of seeds, {len(self.seeds)}"
-            )
-        for name, figure in (("baselines", "frontier"), ("goals", "time_to_fidelity")):
-            if getattr(self, name) is not None and self.figure != figure:
-                raise ValueError(f'{name} belong to the figure "{figure}", not to "{self.figure}"')
-        if self.goals is not None and (len(self.goals) != len(self.variants) - 1 or not min(self.goals) > 0):
-            raise ValueError(
-                f"goals is {self.goals}; it must have one number above 0 per variant but the last, "
-                f"{len(self.variants) - 1}"
-            )
-        if self.published is not None and len(self.published) != len(self.variants):
-            raise ValueError(
-                f"published has {len(self.published)} numbers; it must have one per variant, {len(self.variants)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -143,35 +95,6 @@ def main() -> None:
     if failed:
         names = "; ".join(f"{run.variant}, seed {run.seed}" for run in failed)
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed: {names}")
-
-
-def check_plan(variants: Sequence[str], seeds: Sequence[int], jobs: int) -> None:
-    """Refuses what no study can run.
-
-    Raises:
-        ValueError: no job at a time, no seed or one twice, or variants whose folders would be the same.
-    """
-    if jobs < 1:
-        raise ValueError(f"jobs is {jobs}; it must be at least 1")
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds is {seeds}; it must hold at least one seed, each once")
-    slugs = [slug(name) for name, _ in split_variants(variants)]
-    if not slugs or len(set(slugs)) < len(slugs) or not all(slugs):
-        raise ValueError(f"variants need names that differ in more than punctuation; their folders are {slugs}")
-
-
-def split_variants(variants: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Names and flags of the variants."""
-    pairs = []
-    for text in variants:
-        name, separator, flags = text.partition(" --")
-        pairs.append((name.strip(), shlex.split(separator + flags)))
-    return pairs
-
-
-def slug(name: str) -> str:
-    """A name as that of a folder: small letters, digits and dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def plan_runs(settings: StudySettings) -> list[PlannedRun]:

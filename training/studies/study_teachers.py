@@ -9,7 +9,14 @@ Studies that name the same folders share the teachers and students of variants w
 study costs and gives stands in its config file.
 """
 
-import dataclasses
+from raptor_settings.parse import parse_settings
+
+from .settings import TeacherStudySettings, slug, split_variants
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(TeacherStudySettings)
+
 import logging
 import math
 import shlex
@@ -22,78 +29,39 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from raptor_settings.distill import DistillSettings
+from raptor_settings.teacher import TeacherSettings
 from torch import Tensor
 
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader
-from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.metrics import FidelityAccumulator
 from raptor_hf.phases import Partition, phase_contrast
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.run_metrics import StudentMetrics, TeacherMetrics, read_json
-from raptor_hf.recipes.settings import parse_settings, prepare_output_dir, user_errors
+from raptor_hf.recipes.settings import prepare_output_dir, user_errors
 from raptor_hf.teacher import Teacher, load_teacher
-from training.train_teacher import TeacherSettings
 
 from .conclusions import by_variant, markdown_table
 from .study import (
     PlannedRun,
-    check_plan,
     flag_list,
     machines,
     measured,
     run_all,
-    slug,
-    split_variants,
 )
 from .teachers import (
-    ROLES,
-    Study,
     breaking_sentence,
     change_r2,
     claims_of,
     layer_similarity,
     plot_teacher_study,
-    role_of,
 )
 from .uncertainty import INTERVALS
 
 RECIPES = Path(__file__).parents[1]
 
 logger = logging.getLogger("study_teachers")
-
-
-@dataclass(frozen=True)
-class TeacherStudySettings:
-    """Settings of a study of teachers."""
-
-    title: str
-    study: Study  # what the variants differ in: decides the claims and the figure
-    teacher_base: str  # configuration of train_teacher.py
-    student_base: str  # configuration of distill.py
-    variants: list[str]  # each "name --flag of train_teacher.py value ..."
-    output_dir: str  # of the table, the figure and the numbers
-    teachers_dir: str
-    runs_dir: str  # of the students
-    teacher_flags: str = ""  # of all variants
-    student_flags: str = ""
-    seeds: list[int] = dataclasses.field(default_factory=lambda: [0, 1, 2])
-    jobs: int = 1
-
-    def __post_init__(self) -> None:
-        check_plan(self.variants, self.seeds, self.jobs)
-        if self.teachers_dir == self.runs_dir:
-            raise ValueError(
-                f"teachers_dir and runs_dir are both {self.runs_dir!r}; teachers and students need their own"
-            )
-        names = [name for name, _ in split_variants(self.variants)]
-        if self.study == "training_time":
-            if wrong := [name for name in names if role_of(name) is None]:
-                raise ValueError(f"variants has {wrong[0]!r}; in a study of training_time names begin with {ROLES}")
-            if [role_of(name) for name in names].count("converged") != 1:
-                raise ValueError(
-                    f"variants are {names}; exactly one must be converged, the others are compared with it"
-                )
 
 
 @dataclass(frozen=True)

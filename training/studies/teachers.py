@@ -24,11 +24,9 @@ from matplotlib.figure import Figure
 from raptor_hf.phases import as_distance_matrix
 
 from .conclusions import Record, by_variant
+from .settings import Study, role_of
 from .uncertainty import CONFIDENCE, Estimate, difference_interval, rank_correlation
 
-Study = Literal["stochastic_depth", "training_time"]
-
-ROLES = ("untrained", "early", "converged", "overfitted")  # first words of the variants of a study of training time
 BROKEN_SHARE = 0.5  # of the best variant's accuracy, below which training has broken
 BREAKING_RATE = 0.7  # of stochastic depth, from where on the paper saw it break
 
@@ -276,12 +274,6 @@ def similarity_claims(records: Sequence[Record]) -> list[Claim]:
     )
     estimate = _correlation(varying, *deviations)
     return [*claims, Claim("Similarity predicts R² among seeds of one variant", quantity, estimate, 1)]
-
-
-def role_of(variant: str) -> str | None:
-    """The stage of training that the name of a variant begins with; None if it names none of `ROLES`."""
-    first = variant.replace(",", " ").split()[:1]
-    return first[0] if first and first[0] in ROLES else None
 
 
 def plot_teacher_study(study: Study, records: Sequence[Record], path: str | os.PathLike[str] | None = None) -> Figure:
