@@ -68,7 +68,7 @@ SHORT = {
     "checkpoint_every": 4,
 }
 PROMISED = {"phases", "parameters", "macs", "fidelity", "seconds", "images_per_second", "seed", "device", "versions"}
-BESIDE = {"teacher", "blocks", "unreadable_images", "evaluations"}
+BESIDE = {"teacher", "blocks", "unreadable_images", "evaluations", "run_id", "fingerprints", "evaluated_on"}
 
 
 def save_teacher(folder: Path, *, crop: int = 8, **fields) -> Path:
