@@ -17,49 +17,41 @@ if __name__ == "__main__":
 import contextlib
 import functools
 import logging
-import operator
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from tqdm import tqdm
 
 from raptor_hf import figures
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
-from raptor_hf.distillation.student import (
-    block_parameters,
-    choose_partition,
-    describe_choice,
-    make_student,
-    trial_partition,
-)
-from raptor_hf.distillation.task import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
+from raptor_hf.distillation.evaluation import evaluate_student, print_table
+from raptor_hf.distillation.partition import describe_choice, find_partition, read_partition
+from raptor_hf.distillation.student import block_parameters, make_student, trial_partition
+from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, teacher_forcing
 from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
-from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
-from raptor_hf.phases import Partition, other_phases
-from raptor_hf.recipes.checkpoint import resume_run, save_run
-from raptor_hf.recipes.files import as_plain, write_json, written_beside
+from raptor_hf.phases import Partition
+from raptor_hf.recipes.files import as_plain, write_json
+from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_model
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
     cosine_schedule,
     describe_environment,
-    warn_if_single_thread,
+    is_step_finite,
+    progress_bar,
+    set_learning_rate,
+    usable_workers,
 )
 from raptor_hf.recipes.optimizers import check_optimizer, make_optimizer
 from raptor_hf.recipes.run_metrics import StudentMetrics
-from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
-from raptor_hf.similarity import SimilarityAccumulator
+from raptor_hf.recipes.session import Session, holds_backbone, run_program, save_model, whole_weights
+from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 
 logger = logging.getLogger("distill")
@@ -69,40 +61,40 @@ def main() -> None:
     settings = parse_settings(DistillSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.tracker,
-            project_dir=str(Path(settings.output_dir) / "logs") if settings.tracker else None,
-        )
-        warn_if_single_thread(logger, accelerator)
+        session = Session("distill", settings)
+        accelerator, folder = session.accelerator, session.folder
         check_optimizer(settings.optimizer, sharded=accelerator.distributed_type == DistributedType.FSDP)
         # the weights have a generator of their own; every process draws input noise of its own
         set_seed(settings.seed, device_specific=True)
         teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
-        folder = Path(settings.output_dir)
-        if accelerator.is_main_process:
-            prepare_output_dir(folder, settings, override=settings.override, needed_bytes=disk_space(settings, teacher))
-        accelerator.wait_for_everyone()
-    if settings.tracker:
-        accelerator.init_trackers("distill", config={k: str(v) for k, v in settings_to_dict(settings).items()})
-    seconds: dict[str, float] = {}
+        fingerprints = {"teacher": fingerprint_model(teacher.model), "images": fingerprint_dataset(train_images)}
+        session.claim(settings, disk_space(settings, teacher), fingerprints, inputs=[settings.teacher])
+        evaluated_on = {"dataset": settings.dataset, "split": settings.test_split, "num_images": settings.eval_images}
+        if metrics := session.read_result(needs="model*.safetensors", evaluated_on=evaluated_on):
+            if accelerator.is_main_process:
+                print_table(metrics)
+                print(f"this run is finished; {folder} stays as it is")
+            session.close()
+            return
+        loader = functools.partial(
+            train_loader,
+            train_images,
+            processor,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+            num_workers=usable_workers(settings.num_workers),
+            max_failures=settings.max_decode_failures,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        phases = read_partition(folder, settings, teacher.num_layers)
+        check_phases(session, phases)
+    phases = phases_of(session, teacher, loader, phases)
+    partition, variance = phases["partition"], phases["variance"] if settings.normalize_loss else None
 
-    began = time.perf_counter()
-    loader = functools.partial(
-        train_loader,
-        train_images,
-        processor,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-        num_workers=settings.num_workers,
-        max_failures=settings.max_decode_failures,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    partition, variance = phases_of(teacher, loader, settings, accelerator)
-    seconds["phases"] = time.perf_counter() - began
-
+    # found or read, the phases leave the random numbers in the same state
+    set_seed(settings.seed, device_specific=True)
     student = make_student(teacher, partition, settings)
     task = DistillationTask(
         student,
@@ -126,24 +118,28 @@ def main() -> None:
     )
     task, optimizer = accelerator.prepare(task, optimizer)
 
-    run = Run(settings, accelerator, teacher, task, optimizer, test_images, processor)
-    run.resume()
+    run = Run(session, teacher, task, optimizer, test_images, processor)
+    run.resume(evaluated_on)
     for stage in (1, 2):
         if run.num_steps(stage) and run.stage <= stage:
             run.train(stage, loader)
     accelerator.wait_for_everyone()
 
+    # the trained weights are on the disk before the evaluation begins
+    weights = whole_weights(task)
+    if accelerator.is_main_process:
+        save_student(run, weights)
     began = time.perf_counter()
-    weights = accelerator.get_state_dict(task)
-    metrics = run.evaluate(settings.eval_images) | {"unreadable_images": run.gather_failures()}
+    metrics = {"fidelity": run.evaluate(), "unreadable_images": session.gather_failures(run.failures)}
+    seconds = {"phases": phases.get("seconds", 0.0)}
     seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
     seconds["evaluation"] = time.perf_counter() - began
     if accelerator.is_main_process:
-        metrics |= describe_run(run, partition, seconds)
-        save_outputs(run, partition, metrics, weights, folder)
+        metrics |= describe_run(run, partition, seconds) | {"evaluated_on": evaluated_on}
+        save_outputs(run, partition, metrics)
         print_table(metrics)
-        print(f"saved to {folder}: the model, its card README.md, metrics.json and figures/")
-    accelerator.end_training()
+        print(f"saved to {session.folder}: the model, its card README.md, metrics.json and figures/")
+    session.close()
 
 
 def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Teacher, Any, ImageSet, ImageSet]:
@@ -206,47 +202,35 @@ def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
     return int(4 * teacher.num_parameters * (3 * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
 
 
+def check_phases(session: Session, phases: dict[str, Any] | None) -> None:
+    """Refuse phases.json where it belongs to another teacher, other images, or other blocks than were trained."""
+    if phases is None:
+        return
+    session.check_fingerprints(phases.get("fingerprints", {}))
+    blocks = [list(layers) for layers in phases["partition"].blocks]
+    trained = (session.progress or {}).get("blocks", blocks)
+    if trained != blocks:
+        raise ValueError(
+            f"phases.json has the blocks {blocks}; they must be {trained}, which the checkpoint was trained with: undo "
+            "the change, or start in another output_dir"
+        )
+
+
 def phases_of(
-    teacher: Teacher, loader: functools.partial, settings: DistillSettings, accelerator: Accelerator
-) -> tuple[Partition, Tensor | None]:
-    """
-    The partition of the teacher's layers, given or found on `phase_images` training images, with its figure; and the
-    teacher's variance in every layer, (L + 1,), if the loss is to be normalised.
-    """
-    folder, layers = Path(settings.output_dir), teacher.num_layers
-    similarity = SimilarityAccumulator(
-        layers,
-        teacher.tokens,
-        settings.distance,
-        num_bootstraps=0 if settings.distance == "cka" else settings.num_bootstraps,  # cka is no mean over images
-        seed=settings.seed + accelerator.process_index,
-    )
-    variance = LayerVariance(layers, teacher.hidden_size)
-    # the images of the first steps; whole batches, so that every process has the same share
-    num_steps = max(1, settings.phase_images // settings.batch_size)
-    batches = tqdm(loader(num_steps=num_steps), "phases", disable=not accelerator.is_main_process, leave=False)
-    for batch in batches:
-        with torch.no_grad(), accelerator.autocast():
-            states = teacher.trajectory(batch["pixel_values"].to(accelerator.device))
-        similarity.update(states)
-        variance.update(states)
-    for accumulator in (similarity, variance):
-        accumulator.merge(accelerator)
-    distance = similarity.compute()
-    partition, stability = choose_partition(distance, similarity, settings, layers)
+    session: Session, teacher: Teacher, loader: functools.partial, phases: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The partition of the teacher's layers and the variance in each, as read or found on `phase_images` images."""
+    settings, accelerator = session.settings, session.accelerator
+    was_read = phases is not None
+    if not was_read:
+        # the images of the first steps; whole batches, so that every process has the same share
+        num_steps = max(1, settings.phase_images // settings.batch_size)
+        batches = progress_bar(loader(num_steps=num_steps), "phases", accelerator)
+        phases = find_partition(teacher, batches, settings, accelerator, session.identity)
     if accelerator.is_main_process:
-        (folder / "figures").mkdir(exist_ok=True)
-        was_found = settings.block_repeats is None and not settings.partition.startswith("random")
-        others = other_phases(distance, partition) if was_found else {}
-        record = partition.to_dict() | {"distance": distance, "num_images": num_steps * settings.batch_size}
-        record |= {"distance_kind": settings.distance, "stability": stability}
-        record["other_phases"] = {name: other.to_dict() for name, other in others.items()}
-        write_json(folder / "phases.json", record)
-        label = figures.DISTANCE_LABELS[settings.distance]
-        figures.plot_phases(distance, partition, folder / "figures" / "phases.png", label=label)
-        for line in describe_choice(partition, others, stability):
+        for line in describe_choice(phases, was_read):
             logger.info(line)
-    return partition, variance.compute() if settings.normalize_loss else None
+    return phases
 
 
 def has_fused_adamw(accelerator: Accelerator) -> bool:
@@ -259,22 +243,21 @@ class Run:
 
     def __init__(
         self,
-        settings: DistillSettings,
-        accelerator: Accelerator,
+        session: Session,
         teacher: Teacher,
         task: nn.Module,
         optimizer: torch.optim.Optimizer,
         test_images: ImageSet,
         processor: Any,
     ) -> None:
-        self.settings, self.accelerator, self.teacher = settings, accelerator, teacher
-        self.task, self.optimizer = task, optimizer
+        self.session, self.settings, self.accelerator = session, session.settings, session.accelerator
+        self.teacher, self.task, self.optimizer = teacher, task, optimizer
         self.test_images, self.processor = test_images, processor
-        self.folder = Path(settings.output_dir)
         self.stage, self.step = 1, 0
         self.log: IntervalLog | None = None
         self.histories: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
         self.evaluations: list[dict[str, Any]] = []
+        self.evaluated_on: dict[str, Any] = {}
         self.failures: dict[str, str] = {}
         self.pending_log: dict[str, Any] | None = None
 
@@ -314,14 +297,7 @@ class Run:
         batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)
         batches.failures.reasons.update(self.failures)
         self.failures = batches.failures.reasons
-        bar = tqdm(
-            batches,
-            f"stage {stage}",
-            total=num_steps,
-            initial=self.step,
-            disable=not accelerator.is_main_process,
-            leave=False,
-        )
+        bar = progress_bar(batches, f"stage {stage}", accelerator, total=num_steps, initial=self.step)
         for step, batch in enumerate(bar, start=self.step):
             lr = cosine_schedule(
                 step,
@@ -330,27 +306,30 @@ class Run:
                 base_lr=settings.learning_rate,
                 final_lr=settings.final_learning_rate,
             )
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             losses = self.backward(stage, batch["pixel_values"], self.forcing(step))
-            is_finite = self.clip_gradients(stage)
-            if accelerator.scaler is not None:
-                # its scale is found by overflowing gradients, whose steps the scaler skips itself: only losses count
-                is_finite = bool(accelerator.reduce(losses["loss"].isfinite().float(), reduction="mean") == 1)
+            is_finite = is_step_finite(accelerator, losses["loss"], self.clip_gradients(stage))
             if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.step = step + 1
             if record := self.log.update(step + 1, losses, lr=lr):
                 accelerator.log(record, step=offset + step + 1)
-            last = self.step == num_steps
-            if settings.eval_every and (self.step % settings.eval_every == 0 or last):
-                with self.log.paused():
-                    fidelity = self.evaluate(settings.eval_images)["fidelity"]
-                scores = {name: fidelity[name] for name in ("r2", "agreement", "student_accuracy")}
-                self.evaluations.append({"stage": stage, "step": self.step, "seconds": self.seconds(stage), **scores})
-            if self.step % settings.checkpoint_every == 0 or last:
+            if settings.eval_every and self.step % settings.eval_every == 0 and self.step < num_steps:
+                self.note_evaluation()
+            if self.step % settings.checkpoint_every == 0 or self.step == num_steps:
                 self.save(offset)
+        if settings.eval_every and (stage, num_steps) not in {(e["stage"], e["step"]) for e in self.evaluations}:
+            self.note_evaluation()  # after the checkpoint: an evaluation that fails costs no step
+            self.save(offset)
+
+    def note_evaluation(self) -> None:
+        """Keep the scores of the student as it is now."""
+        with self.log.paused():
+            fidelity = self.evaluate()
+        scores = {name: fidelity[name] for name in ("r2", "agreement", "student_accuracy")}
+        seconds = self.seconds(self.stage)
+        self.evaluations.append({"stage": self.stage, "step": self.step, "seconds": seconds, **scores})
 
     def seconds(self, stage: int) -> float:
         """Training time until now, of both stages."""
@@ -402,36 +381,23 @@ class Run:
         return bool(torch.stack(norms).isfinite().all())
 
     def save(self, offset: int) -> None:
-        """Writes a checkpoint; a collective operation."""
+        """Write a checkpoint; a collective operation."""
         progress = {
             "stage": self.stage,
             "step": self.step,
             "log": self.log.state_dict(),
             "histories": {str(stage): history for stage, history in self.histories.items()},
             "evaluations": self.evaluations,
-            "failures": self.gather_failures(),
+            "evaluated_on": self.evaluated_on,
+            "failures": self.session.gather_failures(self.failures),
             "blocks": [list(layers) for layers in self.student.config.block_layers],
         }
-        save_run(
-            self.folder / "checkpoints",
-            offset + self.step,
-            self.accelerator,
-            self.task,
-            self.optimizer,
-            progress,
-            trainable_only=True,
-            keep=self.settings.keep_checkpoints,
-        )
+        self.session.save(offset + self.step, self.task, self.optimizer, progress, trainable_only=True)
 
-    def gather_failures(self) -> dict[str, str]:
-        """Name and reason of the unreadable training images of all processes; a collective operation."""
-        if self.accelerator.num_processes == 1:
-            return self.failures
-        return functools.reduce(operator.or_, gather_object([self.failures]))
-
-    def resume(self) -> None:
-        """Takes up the last checkpoint, if there is one; a collective operation."""
-        progress = resume_run(self.folder / "checkpoints", self.accelerator, self.task, self.optimizer)
+    def resume(self, evaluated_on: dict[str, Any]) -> None:
+        """Take up the last checkpoint, if there is one; a collective operation."""
+        self.evaluated_on = evaluated_on
+        progress = self.session.resume(self.task, self.optimizer)
         if progress is None:
             return
         blocks = [list(layers) for layers in self.student.config.block_layers]
@@ -442,45 +408,13 @@ class Run:
             )
         self.stage, self.step, self.pending_log = progress["stage"], progress["step"], progress["log"]
         self.histories = {int(stage): history for stage, history in progress["histories"].items()}
-        self.evaluations, self.failures = progress["evaluations"], progress["failures"]
+        self.failures = progress["failures"]
+        if progress.get("evaluated_on", evaluated_on) == evaluated_on:  # else those so far are of other images
+            self.evaluations = progress["evaluations"]
         logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
-    @torch.no_grad()
-    def evaluate(self, limit: int | None) -> dict[str, Any]:
+    def evaluate(self) -> dict[str, Any]:
         """Fidelity, agreement and accuracies on the test images; a collective operation."""
-        accelerator, teacher, student = self.accelerator, self.teacher, self.student
-        for module in self.task.modules():
-            if isinstance(module, FSDPModule):  # the student is called past the wrapper, which would gather its weights
-                module.unshard()
-        student.eval()
-        fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens, teacher.hidden_size)
-        scores = {name: TopKAccuracy(topk=(1,)) for name in ("agreement", "teacher_accuracy", "student_accuracy")}
-        for batch in self.test_batches(limit):
-            pixel_values = batch["pixel_values"].to(accelerator.device)
-            with accelerator.autocast():
-                teacher_states = teacher.trajectory(pixel_values)
-                hidden_states = student.base_model(pixel_values, output_hidden_states=True).hidden_states
-            student_states = torch.stack(hidden_states, dim=1)
-            fidelity.update(teacher_states, student_states)
-            if teacher.classifier is None:
-                continue
-            # the student's head is the teacher's
-            predicted, truth = teacher.logits(student_states[:, -1]), teacher.logits(teacher_states[:, -1])
-            scores["agreement"].update(predicted, truth.argmax(dim=1))
-            if self.knows_labels:
-                labels = batch["labels"].to(accelerator.device)
-                scores["teacher_accuracy"].update(truth, labels)
-                scores["student_accuracy"].update(predicted, labels)
-        for accumulator in (fidelity, *scores.values()):
-            accumulator.merge(accelerator)
-        student.train()
-        known = {name: self.knows_labels for name in scores} | {"agreement": teacher.classifier is not None}
-        return {
-            "fidelity": fidelity.compute().to_dict()
-            | {name: score.compute()["accuracy"] if known[name] else None for name, score in scores.items()}
-        }
-
-    def test_batches(self, limit: int | None) -> Iterator[dict[str, Any]]:
         accelerator, settings = self.accelerator, self.settings
         batches = eval_loader(
             self.test_images,
@@ -488,12 +422,14 @@ class Run:
             batch_size=settings.eval_batch_size,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
-            num_workers=settings.num_workers,
-            limit=limit,
+            num_workers=usable_workers(settings.num_workers),
+            limit=settings.eval_images,
             max_failures=settings.max_decode_failures,
             pin_memory=accelerator.device.type == "cuda",
         )
-        return tqdm(batches, "evaluation", disable=not accelerator.is_main_process, leave=False)
+        batches = progress_bar(batches, "evaluation", accelerator)
+        to_classes = (lambda labels: labels) if self.knows_labels else None
+        return evaluate_student(self.teacher, self.task, self.student, batches, accelerator, to_classes)
 
 
 def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> dict[str, Any]:
@@ -504,7 +440,12 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> d
     trained = sum(log[-1]["step"] for log in run.histories.values() if log) * settings.batch_size
     training_seconds = seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0)
     return {
-        "teacher": {"name": settings.teacher, "revision": teacher.revision},
+        **run.session.identity,
+        "teacher": {
+            "name": settings.teacher,
+            "revision": teacher.revision,
+            "fingerprint": run.session.identity["fingerprints"]["teacher"],
+        },
         "phases": partition.phases if partition.is_contiguous else None,
         "blocks": [list(layers) for layers in partition.blocks],
         "parameters": {"teacher": teacher.num_parameters, "student": count_parameters(student)},
@@ -517,20 +458,21 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> d
     }
 
 
-def save_outputs(
-    run: Run, partition: Partition, metrics: dict[str, Any], weights: dict[str, Tensor], folder: Path
-) -> None:
-    """Save the model, its image processor, metrics.json, the figures and the card."""
+def save_student(run: Run, weights: dict[str, Tensor]) -> None:
+    """The model and its image processor; a folder that has these weights keeps the heads that were added to it."""
     prefix = "student."
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    not_finite = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if not_finite:
-        raise RuntimeError(f"the student's weights are not finite in {not_finite[:5]}; nothing was saved")
-    student = run.student
-    student.eval()
-    with written_beside(folder) as place:
-        student.save_pretrained(place, state_dict=state)
-        RaptorImageProcessor.from_teacher(run.processor).save_pretrained(place)
+    student, folder = run.student.eval(), run.session.folder
+    if not holds_backbone(folder, state, student.base_model_prefix):
+        save_model(folder, state, student, RaptorImageProcessor.from_teacher(run.processor), "student")
+
+
+def save_outputs(run: Run, partition: Partition, metrics: dict[str, Any]) -> None:
+    """metrics.json, with what else the folder knows of these weights, and the figures."""
+    folder = run.session.folder
+    if earlier := run.session.read_result():
+        metrics = {name: earlier[name] for name in ("probes", "quick_checks") if name in earlier} | metrics
+    (folder / "figures").mkdir(exist_ok=True)
     figures.plot_fidelity(metrics["fidelity"], partition, folder / "figures" / "fidelity.png")
     figures.plot_losses(run.histories, folder / "figures" / "losses.png")
     write_json(folder / "losses.json", {f"stage{stage}": history for stage, history in run.histories.items()})
@@ -539,25 +481,5 @@ def save_outputs(
     write_card(folder)
 
 
-def print_table(metrics: dict[str, Any]) -> None:
-    """The fidelity per layer and what it amounts to."""
-    fidelity, groups = metrics["fidelity"], metrics["fidelity"]["cosine"]
-    print(f"\n{'layer':>5} {'R2':>8} {'epsilon':>9} {'relative':>9}" + "".join(f" {'cos ' + g:>13}" for g in groups))
-    for index, r2 in enumerate(fidelity["r2"]):
-        cosines = "".join(f" {values[index]:13.4f}" if values else f" {'-':>13}" for values in groups.values())
-        epsilon, relative = fidelity["epsilon"][index], fidelity["relative_epsilon"][index]
-        print(f"{index + 1:>5} {r2:8.4f} {epsilon:9.3f} {relative:9.4f}{cosines}")
-    print(f"mean R2 {np.mean(fidelity['r2']):.4f}")
-    for name in ("agreement", "teacher_accuracy", "student_accuracy"):
-        if fidelity[name] is not None:
-            print(f"{name.replace('_', ' ')} {fidelity[name]:.2%}")
-    for name in ("parameters", "macs"):
-        teacher, student = metrics[name]["teacher"], metrics[name]["student"]
-        print(f"{name} {student:,} of the teacher's {teacher:,} ({student / teacher:.1%})")
-
-
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the same command resumes from the last checkpoint") from None
+    run_program(main)

@@ -20,7 +20,6 @@ if __name__ == "__main__":
 import copy
 import functools
 import logging
-import operator
 import shlex
 import statistics
 import sys
@@ -39,7 +38,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from raptor_hf import figures
 from raptor_hf.configuration_raptor import as_pair
@@ -63,17 +61,21 @@ from raptor_hf.probing import (
     make_probe,
     pool_features,
 )
-from raptor_hf.recipes.checkpoint import resume_run, save_run
-from raptor_hf.recipes.files import as_plain, write_json, written_beside
+from raptor_hf.recipes.files import as_plain, write_json
+from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_model
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
     cosine_schedule,
     describe_environment,
-    warn_if_single_thread,
+    is_step_finite,
+    progress_bar,
+    set_learning_rate,
+    usable_workers,
 )
 from raptor_hf.recipes.run_metrics import METRICS_FILE, ProbeRecord, StudentMetrics
-from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.session import Session, run_program
+from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import count_parameters, macs
 
 logger = logging.getLogger("probe")
@@ -82,31 +84,44 @@ logger = logging.getLogger("probe")
 def main() -> None:
     settings = parse_settings(ProbeSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    folder = Path(settings.output_dir)
     with user_errors():
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.tracker,
-            project_dir=str(folder / "logs") if settings.tracker else None,
-        )
-        warn_if_single_thread(logger, accelerator)
+        session = Session("probe", settings)
+        accelerator = session.accelerator
         set_seed(settings.seeds[0])
         inputs = open_inputs(settings, accelerator)
-        if accelerator.is_main_process:
-            prepare_output_dir(folder, settings, override=settings.override, needed_bytes=disk_space(inputs, settings))
-        accelerator.wait_for_everyone()
-    if settings.tracker:
-        accelerator.init_trackers("probe", config={k: str(v) for k, v in settings_to_dict(settings).items()})
+        fingerprints = {"model": fingerprint_model(inputs.backbone.model.base_model), "images": inputs.fingerprint}
+        session.claim(settings, disk_space(inputs, settings), fingerprints, inputs=[settings.model])
+        if record := finished_probe(session, inputs):
+            if accelerator.is_main_process:
+                print_table(record, None)
+                print(f"this run is finished; {session.folder} and the head {settings.variant!r} stay as they are")
+            session.close()
+            return
 
     parameters = inputs.probe.head.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     probe, optimizer = accelerator.prepare(inputs.probe, optimizer)
-    run = Run(settings, accelerator, inputs, probe, optimizer)
+    run = Run(session, inputs, probe, optimizer)
     run.train()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_outputs(run)
-    accelerator.end_training()
+    session.close()
+
+
+def finished_probe(session: Session, inputs: "Inputs") -> dict[str, Any] | None:
+    """What this very run wrote down at its end, if the head is still where it was put; None otherwise."""
+    settings = session.settings
+    expected = {"split": settings.test_split, "metric": settings.metric}
+    record, folder = session.read_result("probe.json", **expected), inputs.backbone.folder or session.folder
+    try:
+        is_there = settings.variant in list_heads(folder)
+        known = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    had_checks = settings.variant in known.get("quick_checks", {})
+    is_whole = is_there and settings.variant in known.get("probes", {}) and (had_checks or not settings.quick_checks)
+    return record if is_whole else None
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,7 @@ class Inputs:
         num_train_images: N.
         num_test_images: of the split that the metrics are for.
         num_steps: of one head.
+        fingerprint: of the training images.
     """
 
     backbone: Backbone
@@ -140,6 +156,7 @@ class Inputs:
     num_train_images: int
     num_test_images: int
     num_steps: int
+    fingerprint: str
 
 
 def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
@@ -159,7 +176,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     class_names = classes_of(settings, train_images, test_images, backbone)
     processor = RaptorImageProcessor.from_teacher(load_image_processor(settings.model, settings.model_revision))
     collate, augment, train_processor = image_pipeline(settings, processor, backbone)
-    share = {"num_workers": settings.num_workers, "max_failures": settings.max_decode_failures}
+    share = {"num_workers": usable_workers(settings.num_workers), "max_failures": settings.max_decode_failures}
     share["pin_memory"] = accelerator.device.type == "cuda"
     share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     once = functools.partial(eval_loader, batch_size=settings.eval_batch_size, collate=collate, **share)
@@ -214,6 +231,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
         num_train_images=train_images.num_images,
         num_test_images=test_images.num_images,
         num_steps=num_steps,
+        fingerprint=fingerprint_dataset(train_images),
     )
 
 
@@ -339,17 +357,10 @@ def disk_space(inputs: Inputs, settings: ProbeSettings) -> int:
 class Run:
     """The training under way: what a checkpoint holds, the loop, and the evaluation."""
 
-    def __init__(
-        self,
-        settings: ProbeSettings,
-        accelerator: Accelerator,
-        inputs: Inputs,
-        probe: nn.Module,
-        optimizer: torch.optim.Optimizer,
-    ) -> None:
-        self.settings, self.accelerator, self.inputs = settings, accelerator, inputs
-        self.probe, self.optimizer = probe, optimizer
-        self.folder = Path(settings.output_dir)
+    def __init__(self, session: Session, inputs: Inputs, probe: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.session, self.settings, self.accelerator = session, session.settings, session.accelerator
+        self.inputs, self.probe, self.optimizer = inputs, probe, optimizer
+        self.folder = session.folder
         self.seed_index, self.step = 0, 0
         self.evaluations: list[list[dict[str, Any]]] = []
         self.histories: list[list[dict[str, Any]]] = []
@@ -358,6 +369,7 @@ class Run:
         self.banks: dict[str, FeatureBank] = {}
         self.feature_seconds = 0.0
         self.num_steps = inputs.num_steps
+        self.evaluated_on = {"split": self.settings.test_split, "num_images": inputs.num_test_images}
 
     @property
     def unwrapped(self) -> Probe:
@@ -374,6 +386,10 @@ class Run:
             if self.seed_index < len(self.settings.seeds):
                 self.optimizer.state.clear()
                 initialize_head(self.unwrapped, self.settings.seeds[self.seed_index], self.inputs.start)
+        for seed, evaluations in zip(self.settings.seeds, self.evaluations, strict=True):
+            if not evaluations:  # it was trained while the test images were others
+                self.unwrapped.head.load_state_dict(load_file(self.head_file(seed)))
+                evaluations.append({"epoch": self.settings.epochs, **self.evaluate()})
 
     def cache_features(self) -> None:
         """Features of all images, where none changes from epoch to epoch and there is memory for them."""
@@ -387,7 +403,7 @@ class Run:
             fits = fits_cache(settings, self.accelerator, inputs.probe, num_cached, inputs.image_size)
             if not fits or (name == "train" and settings.augment != "none"):
                 break
-            batches = tqdm(loader, f"features, {name}", disable=not self.accelerator.is_main_process, leave=False)
+            batches = progress_bar(loader, f"features, {name}", self.accelerator)
             with self.accelerator.autocast():
                 own = pool_features(self.unwrapped, batches, self.accelerator.device)
             shares = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
@@ -412,14 +428,7 @@ class Run:
             self.evaluations.append([])
         guard = NonFiniteGuard(settings.max_nonfinite_steps)
         ends = {round(epoch * self.num_steps / settings.epochs): epoch for epoch in range(1, settings.epochs + 1)}
-        bar = tqdm(
-            self.batches(seed),
-            f"seed {seed}",
-            total=self.num_steps,
-            initial=self.step,
-            disable=not accelerator.is_main_process,
-            leave=False,
-        )
+        bar = progress_bar(self.batches(seed), f"seed {seed}", accelerator, self.num_steps, self.step)
         for step, batch in enumerate(bar, start=self.step):
             lr = cosine_schedule(
                 step,
@@ -428,8 +437,7 @@ class Run:
                 base_lr=settings.learning_rate,
                 final_lr=settings.final_learning_rate,
             )
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(self.optimizer, lr)
             loss, _ = self.probe(
                 batch["features"].to(accelerator.device),
                 self.inputs.image_size,
@@ -437,9 +445,7 @@ class Run:
             )
             accelerator.backward(loss)
             norm = accelerator.clip_grad_norm_(self.unwrapped.head.parameters(), settings.max_grad_norm)
-            # fp16's scale is found by overflowing gradients, whose steps the scaler skips itself: only losses count
-            finite = loss.isfinite() if accelerator.scaler is not None else loss.isfinite() & norm.isfinite()
-            is_finite = bool(accelerator.reduce(finite.float(), reduction="mean") == 1)
+            is_finite = is_step_finite(accelerator, loss, loss.isfinite() & norm.isfinite())
             if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
             self.optimizer.zero_grad()
@@ -505,51 +511,37 @@ class Run:
                 rows = slice(start, min(start + size, end))
                 yield bank.features[rows], bank.labels[rows]
             return
-        batches = tqdm(
-            self.inputs.test_batches, "evaluation", disable=not self.accelerator.is_main_process, leave=False
-        )
-        for batch in batches:
+        for batch in progress_bar(self.inputs.test_batches, "evaluation", self.accelerator):
             with self.accelerator.autocast():
                 features = self.unwrapped.features(batch["pixel_values"].to(self.accelerator.device))
             yield features, batch["labels"]
         self.failures |= self.inputs.test_batches.failures.reasons
 
     def save(self, log: IntervalLog) -> None:
-        """Writes a checkpoint; a collective operation."""
+        """Write a checkpoint; a collective operation."""
         progress = {
             "seed_index": self.seed_index,
             "step": self.step,
             "log": log.state_dict(),
             "histories": self.histories,
             "evaluations": self.evaluations,
-            "failures": self.gather_failures(),
+            "evaluated_on": self.evaluated_on,
+            "failures": self.session.gather_failures(self.failures),
         }
-        save_run(
-            self.folder / "checkpoints",
-            self.seed_index * self.num_steps + self.step,
-            self.accelerator,
-            self.probe,
-            self.optimizer,
-            progress,
-            trainable_only=True,
-            keep=self.settings.keep_checkpoints,
-        )
+        step = self.seed_index * self.num_steps + self.step
+        self.session.save(step, self.probe, self.optimizer, progress, trainable_only=True)
 
     def resume(self) -> None:
-        """Takes up the last checkpoint, if there is one; a collective operation."""
-        progress = resume_run(self.folder / "checkpoints", self.accelerator, self.probe, self.optimizer)
+        """Take up the last checkpoint, if there is one; a collective operation."""
+        progress = self.session.resume(self.probe, self.optimizer)
         if progress is None:
             return
         self.seed_index, self.step, self.pending_log = progress["seed_index"], progress["step"], progress["log"]
         self.histories, self.evaluations = progress["histories"], progress["evaluations"]
         self.failures = progress["failures"]
+        if progress.get("evaluated_on", self.evaluated_on) != self.evaluated_on:  # those so far are of other images
+            self.evaluations = [[] for _ in self.evaluations]
         logger.info("resumed in seed %d after step %d", self.settings.seeds[self.seed_index], self.step)
-
-    def gather_failures(self) -> dict[str, str]:
-        """Name and reason of the unreadable images of all processes; a collective operation."""
-        if self.accelerator.num_processes == 1:
-            return self.failures
-        return functools.reduce(operator.or_, gather_object([self.failures]))
 
     def keep_head(self, seed: int) -> None:
         """The head of a seed that is done, so that a run that stops later still has it."""
@@ -604,7 +596,6 @@ def save_outputs(run: Run) -> None:
     probe.to("cpu")
     record = describe_probe(run)
     write_json(run.folder / "losses.json", dict(zip(map(str, settings.seeds), run.histories, strict=True)))
-    write_json(run.folder / "probe.json", record | {"evaluations": run.evaluations})
     folder = inputs.backbone.folder or save_backbone(run)
     own_head = "teacher" not in list_heads(folder)
     save_head(probe.model, folder, settings.variant)
@@ -623,6 +614,8 @@ def save_outputs(run: Run) -> None:
     for place in {run.folder, folder}:
         (place / "figures").mkdir(exist_ok=True)
         draw_predictions(run, place / "figures" / f"probe-{settings.variant}.png")
+    # last: a folder with this file is finished
+    write_json(run.folder / "probe.json", record | {"evaluations": run.evaluations} | run.session.identity)
 
 
 def save_backbone(run: Run) -> Path:
@@ -699,7 +692,4 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the same command resumes from the last checkpoint") from None
+    run_program(main)

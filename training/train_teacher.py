@@ -26,24 +26,27 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageClassification
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf.data.images import ImageSet, augment, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.metrics import TopKAccuracy
-from raptor_hf.recipes.checkpoint import resume_run, save_run
-from raptor_hf.recipes.files import as_plain, write_json, written_beside
+from raptor_hf.recipes.files import as_plain, write_json
+from raptor_hf.recipes.fingerprints import fingerprint_dataset
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
     cosine_schedule,
     describe_environment,
-    warn_if_single_thread,
+    is_step_finite,
+    progress_bar,
+    set_learning_rate,
+    usable_workers,
 )
 from raptor_hf.recipes.run_metrics import TeacherMetrics
-from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.session import Session, run_program, save_model, whole_weights
+from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import count_parameters
 
 logger = logging.getLogger("train_teacher")
@@ -52,87 +55,87 @@ logger = logging.getLogger("train_teacher")
 def main() -> None:
     settings = parse_settings(TeacherSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    folder = Path(settings.output_dir)
     with user_errors():
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=settings.tracker,
-            project_dir=str(folder / "logs") if settings.tracker else None,
-        )
-        warn_if_single_thread(logger, accelerator)
+        session = Session("train_teacher", settings)
+        accelerator, folder = session.accelerator, session.folder
         train_images, test_images, class_names = open_inputs(settings, accelerator)
         side, half = settings.image_size, [0.5, 0.5, 0.5]
         crop = {"height": side, "width": side}
         processor = BitImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_mean=half, image_std=half)
-        share = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
+        share = {"batch_size": settings.batch_size, "num_workers": usable_workers(settings.num_workers)}
         share |= {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
         share |= {"max_failures": settings.max_decode_failures, "pin_memory": accelerator.device.type == "cuda"}
         batches = partial(train_loader, train_images, processor, seed=settings.seed, num_steps=settings.steps, **share)
         test_batches = eval_loader(test_images, processor, **share)
         set_seed(settings.seed)
         model = make_model(settings, class_names)
-        if accelerator.is_main_process:
-            # weights and Adam's two moments in the checkpoints, in the one being written, and the model itself
-            needed_bytes = 12 * model.num_parameters() * (settings.keep_checkpoints + 2) + 10_000_000
-            prepare_output_dir(folder, settings, override=settings.override, needed_bytes=needed_bytes)
-        accelerator.wait_for_everyone()
-    if settings.tracker:
-        accelerator.init_trackers("train_teacher", config={k: str(v) for k, v in settings_to_dict(settings).items()})
+        # weights and Adam's two moments in the checkpoints, in the one being written, and the model itself
+        needed_bytes = 12 * model.num_parameters() * (settings.keep_checkpoints + 2) + 10_000_000
+        session.claim(settings, needed_bytes, {"images": fingerprint_dataset(train_images)})
+        evaluated_on = {"dataset": settings.dataset, "split": settings.test_split}
+        if metrics := session.read_result(needs="model*.safetensors", evaluated_on=evaluated_on):
+            if accelerator.is_main_process:
+                print(f"test accuracy {metrics['accuracy']:.2%}; this run is finished, and {folder} stays as it is")
+            session.close()
+            return
     # every process has the same weights now, and is to draw augmentations of its own
     set_seed(settings.seed + 1, device_specific=True)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, settings))
 
-    progress = train(settings, accelerator, model, optimizer, batches, test_batches)
-    weights = accelerator.get_state_dict(model)
+    progress = train(session, model, optimizer, batches, evaluated_on, test_batches)
+    # the trained weights are on the disk before the last evaluation begins
+    weights = whole_weights(model)
     if accelerator.is_main_process:
-        if not_finite := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
-            raise RuntimeError(f"the weights are not finite in {not_finite[:5]}; nothing was saved")
-        model = accelerator.unwrap_model(model)
-        with written_beside(folder) as place:
-            model.save_pretrained(place, state_dict=weights)
-            processor.save_pretrained(place)
-        seconds = progress["log"]["seconds"]  # of the loop, evaluations included
+        save_model(folder, weights, accelerator.unwrap_model(model, keep_torch_compile=False), processor)
+    accuracy = evaluate(accelerator, model, test_batches)
+    progress["evaluations"].append({"step": settings.steps, "accuracy": accuracy})
+    accelerator.log(progress["evaluations"][-1], step=settings.steps)
+    if accelerator.is_main_process:
+        seconds = progress["log"]["seconds"]  # of the loop, evaluations under way included
         metrics = {
-            "accuracy": progress["evaluations"][-1]["accuracy"],
+            **session.identity,
+            "accuracy": accuracy,
             "evaluations": progress["evaluations"],
-            "parameters": count_parameters(model),
+            "evaluated_on": evaluated_on,
+            "parameters": count_parameters(accelerator.unwrap_model(model, keep_torch_compile=False)),
             "seconds": round(seconds, 3),
             "images_per_second": settings.steps * settings.batch_size / seconds,
             "unreadable_images": progress["failures"],
             "seed": settings.seed,
             **describe_environment(accelerator.device),
         }
-        TeacherMetrics.from_dict(as_plain(metrics)).write(folder)
         write_json(folder / "losses.json", progress["log"]["history"])
         plot_training(progress, folder / "figures" / "training.png")
+        TeacherMetrics.from_dict(as_plain(metrics)).write(folder)
         print(f"test accuracy {metrics['accuracy']:.2%} with {metrics['parameters']:,} parameters, saved to {folder}")
-    accelerator.end_training()
+    session.close()
 
 
 def train(
-    settings: TeacherSettings,
-    accelerator: Accelerator,
+    session: Session,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: partial[ImageLoader],
+    evaluated_on: dict[str, Any],
     test_batches: ImageLoader,
 ) -> dict[str, Any]:
-    """Takes all steps, from where the run is; returns the progress that the last checkpoint holds."""
-    folder, num_steps, batch_size = Path(settings.output_dir) / "checkpoints", settings.steps, settings.batch_size
+    """Take all steps, from where the run is; returns the progress that the last checkpoint holds."""
+    settings, accelerator = session.settings, session.accelerator
+    num_steps, batch_size = settings.steps, settings.batch_size
     num_classes = accelerator.unwrap_model(model).config.num_labels
     log = IntervalLog(accelerator, num_steps=num_steps, images_per_step=batch_size, log_every=settings.log_every)
     guard = NonFiniteGuard(settings.max_nonfinite_steps)
     if num_steps == 0:
-        evaluations = [{"step": 0, "accuracy": evaluate(accelerator, model, test_batches)}]
-        return {"step": 0, "evaluations": evaluations, "failures": {}, "log": log.state_dict()}
-    progress = resume_run(folder, accelerator, model, optimizer) or {"step": 0, "evaluations": [], "failures": {}}
+        return {"step": 0, "evaluations": [], "failures": {}, "log": log.state_dict()}
+    progress = session.resume(model, optimizer) or {"step": 0, "evaluations": [], "failures": {}}
     if progress["step"]:
         log.load_state_dict(progress["log"])
+    if progress.get("evaluated_on", evaluated_on) != evaluated_on:  # those so far are of other images
+        progress["evaluations"] = []
     first, evaluations = progress["step"] + 1, progress["evaluations"]
     loader = batches(start_step=progress["step"])
     loader.failures.reasons.update(progress["failures"])
-    bar = tqdm(loader, "steps", num_steps, initial=first - 1, disable=not accelerator.is_main_process, leave=False)
-    for step, batch in enumerate(bar, start=first):
+    for step, batch in enumerate(progress_bar(loader, "steps", accelerator, num_steps, first - 1), start=first):
         lr = cosine_schedule(
             step - 1,
             num_steps=num_steps,
@@ -140,8 +143,7 @@ def train(
             base_lr=settings.learning_rate,
             final_lr=settings.final_learning_rate,
         )
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         images, labels = (batch[name].to(accelerator.device, non_blocking=True) for name in ("pixel_values", "labels"))
         images = augment(
             images,
@@ -155,22 +157,19 @@ def train(
         loss = F.cross_entropy(model(images).logits, targets, label_smoothing=settings.label_smoothing)
         accelerator.backward(loss)
         norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-        is_finite = bool(norm.isfinite())
-        if accelerator.scaler is not None:
-            # its scale is found by overflowing gradients, whose steps the scaler skips itself: only losses count
-            is_finite = bool(accelerator.reduce(loss.detach().isfinite().float(), reduction="mean") == 1)
+        is_finite = is_step_finite(accelerator, loss, norm.isfinite())
         if guard.check(step, is_finite, batch["names"]) or accelerator.scaler is not None:
             optimizer.step()
         optimizer.zero_grad()
         if record := log.update(step, {"loss": loss}, lr=lr):
             accelerator.log(record, step=step)
-        if step == num_steps or (settings.eval_every and step % settings.eval_every == 0):
+        if settings.eval_every and step % settings.eval_every == 0 and step < num_steps:
             evaluations.append({"step": step, "accuracy": evaluate(accelerator, model, test_batches)})
             accelerator.log(evaluations[-1], step=step)
         if step == num_steps or step % settings.checkpoint_every == 0:
-            progress = {"step": step, "evaluations": evaluations, "failures": loader.failures.reasons}
-            progress["log"] = log.state_dict()
-            save_run(folder, step, accelerator, model, optimizer, progress, keep=settings.keep_checkpoints)
+            progress = {"step": step, "evaluations": evaluations, "evaluated_on": evaluated_on}
+            progress |= {"failures": session.gather_failures(loader.failures.reasons), "log": log.state_dict()}
+            session.save(step, model, optimizer, progress)
     return progress
 
 
@@ -270,7 +269,4 @@ def plot_training(progress: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        raise SystemExit("\ninterrupted; the same command resumes from the last checkpoint") from None
+    run_program(main)

@@ -38,6 +38,7 @@ from raptor_hf.hub.privacy import PrivateData, check_private
 from raptor_hf.hub.publication import (
     Publication,
     card_bytes,
+    check_license,
     collect_files,
     is_hub_dataset,
     make_publication,

@@ -1,6 +1,5 @@
 """The student of a distillation: the partition that its settings ask for, and a model with trainable blocks."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,26 +32,6 @@ def choose_partition(
         "modal": stability.modal.to_dict(),
         "modal_frequency": stability.modal_frequency,
     }
-
-
-def describe_choice(
-    partition: Partition, others: Mapping[str, Partition], stability: dict[str, Any] | None
-) -> list[str]:
-    """Says in log lines which phases there are, how sure they are, and what other searches find.
-
-    Args:
-        partition: the chosen one.
-        others: as `other_phases` returns them.
-        stability: as `choose_partition` returns it.
-    """
-    sure = f", the same in {stability['modal_frequency']:.0%} of bootstraps" if stability else ""
-    lines = [f"phases {partition} ({partition.method}{sure})"]
-    for name, other in others.items():
-        lines.append(
-            f"phases are a choice here: {name} gives {other}, {partition.method} objective {other.objective:.3f} "
-            f"against {partition.objective:.3f}"
-        )
-    return lines
 
 
 def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:

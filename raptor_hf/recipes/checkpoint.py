@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from .files import flush, rename_over
+from .files import flush, remove, rename_over
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob("tmp-step-*"):
-            shutil.rmtree(leftover)
+            remove(leftover)
         temporary.mkdir()
         save_file(_separate(tensors), temporary / STATE_FILE, metadata={"format": "pt"})
         (temporary / INFO_FILE).write_text(text, encoding="utf-8")
@@ -129,6 +129,18 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return None
 
 
+def read_progress(path: str | Path) -> dict[str, Any]:
+    """Read the `progress` that `save_run` was given, without the tensors, from what `latest_checkpoint` found.
+
+    Raises:
+        CheckpointError: it holds none.
+    """
+    try:
+        return json.loads((Path(path) / INFO_FILE).read_text(encoding="utf-8"))["progress"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} holds no progress of a run ({error!r})") from error
+
+
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint, after checking its files against the manifest.
 
@@ -165,7 +177,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
         if found_step > step:
             logger.warning("removing %s: the run went back to an earlier step and saved step %d", path, step)
         try:
-            shutil.rmtree(path)
+            remove(path)
         except OSError as error:  # the new checkpoint is safe: no reason to stop the run
             logger.warning("the old checkpoint %s could not be removed: %s", path, error)
 
@@ -182,6 +194,10 @@ def _verify(path: Path) -> None:
                 raise CheckpointError(f"{path / name} does not match its SHA-256 in {MANIFEST_FILE}; {advice}")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is no complete checkpoint: {error.filename} is missing; {advice}") from error
+    except NotADirectoryError as error:
+        raise CheckpointError(f"{path} is a file; a checkpoint is a folder; {advice}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST_FILE} is damaged ({error!r}); {advice}") from error
 

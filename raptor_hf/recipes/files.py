@@ -106,6 +106,32 @@ def fingerprint_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def move_aside(path: Path) -> Path:
+    """Rename a file or folder to the first free one of NAME.replaced-1, NAME.replaced-2, ...; return the new path.
+
+    Raises:
+        OSError: it cannot be renamed, as a folder on which a disk is mounted.
+    """
+    path = path.resolve()
+    number = 1
+    while (target := path.with_name(f"{path.name}.replaced-{number}")).exists():
+        number += 1
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        raise OSError(f"{path} cannot be moved aside to {target.name}: {error}; choose another folder") from error
+    flush(path.parent)
+    return target
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that it holds; nothing if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def rename_over(temporary: Path, target: Path, replaced: Path) -> None:
     """Rename a folder; an older one of that name is moved aside first, so that a whole one always exists.
 
@@ -115,15 +141,19 @@ def rename_over(temporary: Path, target: Path, replaced: Path) -> None:
         replaced: new name of what had it before. Left to the caller to remove; what else has this name is removed.
     """
     if target.exists():
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        remove(replaced)
         os.rename(target, replaced)
     os.rename(temporary, target)
 
 
 def flush(path: Path) -> None:
-    """fsync a file or folder: a rename may reach the disk before the content does."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """fsync a file or folder: a rename may reach the disk before the content does. Windows does not open folders."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -19,10 +19,9 @@ import logging
 import math
 import os
 import platform
-import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.optim import Optimizer
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def cosine_schedule(step: int, *, num_steps: int, warmup_steps: int, base_lr: float, final_lr: float) -> float:
@@ -54,6 +59,43 @@ def cosine_schedule(step: int, *, num_steps: int, warmup_steps: int, base_lr: fl
         return base_lr
     progress = min(1.0, (step - warmup_steps) / max(1, num_steps - 1 - warmup_steps))
     return final_lr + (base_lr - final_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """Give all parameter groups a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def is_step_finite(accelerator: Accelerator, loss: Tensor, gradients_finite: Tensor | bool) -> bool:
+    """Whether a step may be taken, the same on all processes; a collective operation.
+
+    Args:
+        accelerator: the scale of its GradScaler is found by overflowing gradients, whose steps the scaler skips itself;
+            with one only losses count.
+        loss: of this process, a scalar.
+        gradients_finite: whether the gradients are, of this process.
+    """
+    finite = loss.detach().isfinite() if accelerator.scaler is not None else torch.as_tensor(gradients_finite)
+    if accelerator.num_processes == 1:
+        return bool(finite)
+    return bool(accelerator.reduce(finite.to(accelerator.device).float(), reduction="mean") == 1)
+
+
+def progress_bar(
+    batches: Iterable[Any], title: str, accelerator: Accelerator, total: int | None = None, initial: int = 0
+) -> Iterable[Any]:
+    """Show a progress bar of the main process, on a terminal only: a log file has a line per interval.
+
+    Args:
+        batches: to iterate over.
+        title: left of the bar.
+        accelerator: tells the main process.
+        total: number of all steps, where `batches` does not know it.
+        initial: steps that are done already.
+    """
+    hidden = not accelerator.is_main_process or not sys.stderr.isatty()
+    return tqdm(batches, title, total=total, initial=initial, disable=hidden, leave=False)
 
 
 class NonFiniteError(RuntimeError):
@@ -222,8 +264,9 @@ class IntervalLog:
             f"lr {record['lr']:.3g}",
             f"{record['images_per_second']:.1f} img/s",
             f"ETA {timedelta(seconds=round(eta))}",
-            f"memory {peak_memory_bytes(self.accelerator.device) / 1e9:.2f} GB",
         ]
+        if memory := peak_memory_bytes(self.accelerator.device):
+            parts.append(f"memory {memory / 1e9:.2f} GB")
         return " | ".join(parts)
 
 
@@ -257,17 +300,29 @@ def _processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory held so far: by tensors on a GPU, by this whole process on a CPU."""
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory held so far: by tensors on a GPU, by this process on a CPU; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def usable_workers(num_workers: int) -> int:
+    """Number of loader processes: as many as wanted, but no more than cores, where more only cost memory."""
+    return min(num_workers, count_cores())
+
+
+def count_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def warn_if_single_thread(logger: logging.Logger, accelerator: Accelerator) -> None:
     """Tell a CPU user about idle cores: `accelerate launch` without a configuration sets OMP_NUM_THREADS=1."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_cores = count_cores()
     idle = num_cores // accelerator.num_processes > 1 and torch.get_num_threads() == 1
     if accelerator.device.type == "cpu" and accelerator.is_main_process and idle:
         logger.warning(

@@ -6,8 +6,10 @@ if accelerator.is_main_process:
 accelerator.wait_for_everyone()
 """
 
+import logging
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ import yaml
 from raptor_settings.declare import settings_to_dict
 from raptor_settings.parse import parse_settings, read_yaml, user_errors
 
-from .files import RESOLVED_FILE, write_text_atomically
+from .files import RESOLVED_FILE, move_aside, write_text_atomically
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["parse_settings", "prepare_output_dir", "save_settings", "settings_to_dict", "user_errors"]
 
@@ -24,13 +28,33 @@ CHECKPOINT_FOLDER = "checkpoints"
 # settings that do not change what a run computes
 RUN_ONLY = (
     *("output_dir", "override", "num_workers", "tracker", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("max_nonfinite_steps", "max_decode_failures", "cache_gb"),
+    *("max_nonfinite_steps", "max_rising_steps", "max_decode_failures", "cache_gb"),
+    # of the evaluation: what was evaluated otherwise is evaluated again
+    *("test_split", "eval_batch_size", "eval_images", "eval_every", "metric", "quick_checks", "knn_k"),
 )
+# first line of the resolved settings, which YAML takes for a comment
+_RUN_ID = "# run_id: "
 
 
-def save_settings(path: str | Path, settings: Any) -> None:
-    """Write settings as a YAML file that can be given back to the recipe as its CONFIG.yaml."""
-    write_text_atomically(path, yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True))
+def save_settings(path: str | Path, settings: Any, run_id: str | None = None) -> None:
+    """Write settings as a YAML file that can be given back to the recipe as its CONFIG.yaml.
+
+    Args:
+        path: file to create or replace.
+        settings: of a run.
+        run_id: of the run, a comment in the first line.
+    """
+    text = yaml.safe_dump(settings_to_dict(settings), sort_keys=False, allow_unicode=True)
+    write_text_atomically(path, (f"{_RUN_ID}{run_id}\n" if run_id else "") + text)
+
+
+def read_run_id(folder: str | Path) -> str | None:
+    """The id of the run in a folder, from its resolved settings; None if there is none, as of older versions."""
+    try:
+        first = (Path(folder) / RESOLVED_FILE).read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return None
+    return first.removeprefix(_RUN_ID).strip() if first.startswith(_RUN_ID) else None
 
 
 def prepare_output_dir(
@@ -40,6 +64,7 @@ def prepare_output_dir(
     override: bool = False,
     needed_bytes: int = 0,
     ignore: Sequence[str] = RUN_ONLY,
+    inputs: Sequence[str] = (),
 ) -> Path:
     """Create or check the folder of a run before long work begins, and write the resolved settings into it.
 
@@ -48,16 +73,43 @@ def prepare_output_dir(
     Args:
         output_dir: the folder; created with its parents.
         settings: the settings of this run.
-        override: take the folder even if it belongs to a run with other settings. The checkpoints of that run are
-            removed: resuming would take them for this run's.
+        override: take the name of the folder even if a run with other settings has it. That whole folder is moved aside
+            first, to NAME.replaced-1: no file of the two runs is ever mixed.
         needed_bytes: free space that the run will want there.
-        ignore: names of settings that may differ on resuming, as they do not change the result.
+        ignore: names of settings that may differ on resuming, as they do not change the weights.
+        inputs: files and folders that the run reads from, which must not be moved aside.
 
     Returns:
         `output_dir` as a Path.
 
     Raises:
         ValueError: the folder holds a run with other settings (the message shows them), or a model without settings.
+        OSError: it cannot be created or written, or has not enough free space.
+    """
+    folder = check_output_dir(output_dir, needed_bytes)
+    run_id = read_run_id(folder) or uuid.uuid4().hex[:12]
+    try:
+        check_same_run(folder, settings, ignore)
+    except ValueError:
+        if not override:
+            raise
+        for name in inputs:
+            if Path(name).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"output_dir is {str(folder)!r}, from which this run reads {name!r}; override moves it aside, "
+                    "so it must be another folder"
+                ) from None
+        logger.warning("moved the former run to %s", move_aside(folder))
+        folder.mkdir()
+        run_id = uuid.uuid4().hex[:12]
+    save_settings(folder / RESOLVED_FILE, settings, run_id)
+    return folder
+
+
+def check_output_dir(output_dir: str | Path, needed_bytes: int = 0) -> Path:
+    """Create a folder, or check that it can be written to and has enough free space; returns its path.
+
+    Raises:
         OSError: it cannot be created or written, or has not enough free space.
     """
     folder = Path(output_dir)
@@ -72,18 +124,20 @@ def prepare_output_dir(
             f"output_dir={str(folder)!r} is on a disk with {free / 1e9:,.2f} GB free, and the run needs "
             f"{needed_bytes / 1e9:,.2f} GB; free some space or choose another folder"
         )
-    try:
-        _check_same_run(folder, settings, ignore)
-    except ValueError:
-        if not override:
-            raise
-        if (folder / CHECKPOINT_FOLDER).exists():
-            shutil.rmtree(folder / CHECKPOINT_FOLDER)
-    save_settings(folder / RESOLVED_FILE, settings)
     return folder
 
 
-def _check_same_run(folder: Path, settings: Any, ignore: Sequence[str]) -> None:
+def check_same_run(folder: Path, settings: Any, ignore: Sequence[str] = RUN_ONLY) -> None:
+    """Refuse a folder of another run; writes nothing.
+
+    Args:
+        folder: need not exist.
+        settings: of the run that is to write there.
+        ignore: names of settings that may differ.
+
+    Raises:
+        ValueError: the folder holds a run with other settings (the message shows them), or a model without settings.
+    """
     advice = "choose another folder, or override to write into this one"
     resolved = folder / RESOLVED_FILE
     if not resolved.exists():

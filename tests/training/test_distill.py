@@ -69,6 +69,7 @@ SHORT = {
 }
 PROMISED = {"phases", "parameters", "macs", "fidelity", "seconds", "images_per_second", "seed", "device", "versions"}
 BESIDE = {"version", "backbone", "teacher", "blocks", "unreadable_images", "evaluations"}
+BESIDE |= {"run_id", "fingerprints", "evaluated_on"}
 
 
 def save_teacher(folder: Path, *, crop: int = 8, **fields) -> Path:

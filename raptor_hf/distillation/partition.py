@@ -1,0 +1,133 @@
+"""The phases of a teacher from training images, kept in phases.json, from which a run that goes on reads them."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from .. import figures
+from ..phases import Partition, other_phases
+from ..recipes.files import write_json
+from ..similarity import SimilarityAccumulator
+from ..teacher import Teacher
+from .settings import DistillSettings
+from .student import choose_partition
+from .task import LayerVariance
+
+PHASES_FILE = "phases.json"
+
+
+@torch.no_grad()
+def find_partition(
+    teacher: Teacher,
+    batches: Iterable[Mapping[str, Any]],
+    settings: DistillSettings,
+    accelerator: Accelerator,
+    identity: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Find, or take from the settings, the partition of a teacher's layers, and write it with its figure; collective.
+
+    Args:
+        teacher: L layers.
+        batches: training images of this process.
+        settings: of the run; phases.json and figures/phases.png go into its output_dir.
+        accelerator: of the processes.
+        identity: fields of the run that phases.json carries.
+
+    Returns:
+        As `read_partition`.
+    """
+    began = time.perf_counter()
+    folder, layers = Path(settings.output_dir), teacher.num_layers
+    similarity = SimilarityAccumulator(
+        layers,
+        teacher.tokens,
+        settings.distance,
+        num_bootstraps=0 if settings.distance == "cka" else settings.num_bootstraps,  # cka is no mean over images
+        seed=settings.seed + accelerator.process_index,
+    )
+    variance = LayerVariance(layers, teacher.hidden_size)
+    num_images = 0
+    for batch in batches:
+        num_images += len(batch["pixel_values"]) * accelerator.num_processes
+        with accelerator.autocast():
+            states = teacher.trajectory(batch["pixel_values"].to(accelerator.device))
+        similarity.update(states)
+        variance.update(states)
+    for accumulator in (similarity, variance):
+        accumulator.merge(accelerator)
+    distance, variances = similarity.compute(), variance.compute()
+    partition, stability = choose_partition(distance, similarity, settings, layers)
+    was_found = settings.block_repeats is None and not settings.partition.startswith("random")
+    others = other_phases(distance, partition) if was_found else {}
+    record = partition.to_dict() | {"distance": distance, "num_images": num_images}
+    record |= {"distance_kind": settings.distance, "stability": stability}
+    record["other_phases"] = {name: other.to_dict() for name, other in others.items()}
+    record |= {"variance": variances, "seconds": time.perf_counter() - began, **identity}
+    if accelerator.is_main_process:
+        (folder / "figures").mkdir(exist_ok=True)
+        label = figures.DISTANCE_LABELS[settings.distance]
+        figures.plot_phases(distance, partition, folder / "figures" / "phases.png", label=label)
+        write_json(folder / PHASES_FILE, record)
+    return record | {"partition": partition}
+
+
+def read_partition(folder: Path, settings: DistillSettings, num_layers: int) -> dict[str, Any] | None:
+    """The phases that an earlier start of this run found, whoever has edited them since.
+
+    Args:
+        folder: of the run.
+        settings: of the run.
+        num_layers: L.
+
+    Returns:
+        The content of phases.json with the `Partition` as "partition" and the variance in every layer, (L + 1,), as
+        "variance"; None if there is no such file, or one of a version that kept no variance.
+
+    Raises:
+        ValueError: it holds no partition of these layers into as many blocks as the settings ask for.
+    """
+    path = folder / PHASES_FILE
+    if not path.exists():
+        return None
+    advice = "mend it, or remove it to have the phases found again"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        partition = Partition.from_dict(record)
+        if "variance" not in record:
+            return None
+        variance = torch.tensor(record["variance"], dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no partition ({error}); {advice}") from None
+    if partition.num_layers != num_layers or len(variance) != num_layers + 1:
+        raise ValueError(f"{path} is of {partition.num_layers} layers; it must be of {num_layers}; {advice}")
+    wanted = settings.block_repeats and tuple(settings.block_repeats)
+    if wanted and (not partition.is_contiguous or partition.block_repeats != wanted):
+        raise ValueError(f"{path} has the phases {partition}; they must be those of block_repeats {wanted}; {advice}")
+    if settings.num_blocks not in (None, partition.num_blocks):
+        raise ValueError(f"{path} has {partition.num_blocks} blocks; it must have num_blocks, {settings.num_blocks}")
+    return record | {"partition": partition, "variance": variance}
+
+
+def describe_choice(record: Mapping[str, Any], was_read: bool = False) -> list[str]:
+    """Say in log lines which phases there are, how sure they are, and what other searches find.
+
+    Args:
+        record: as `find_partition` and `read_partition` return it.
+        was_read: whether it comes from phases.json.
+    """
+    partition, stability = record["partition"], record.get("stability")
+    sure = f", the same in {stability['modal_frequency']:.0%} of bootstraps" if stability else ""
+    source = f", read from {PHASES_FILE}" if was_read else ""
+    lines = [f"phases {partition} ({partition.method}{sure}{source})"]
+    for name, other in record.get("other_phases", {}).items():
+        found = Partition.from_dict(other)
+        lines.append(
+            f"phases are a choice here: {name} gives {found}, {partition.method} objective {found.objective:.3f} "
+            f"against {partition.objective:.3f}"
+        )
+    return lines
