@@ -18,6 +18,7 @@ if __name__ == "__main__":
     parse_settings(ProbeSettings)
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -45,8 +46,10 @@ from tqdm import tqdm
 from raptor_hf import figures
 from raptor_hf.configuration_raptor import as_pair
 from raptor_hf.data.dense import DenseSet, open_dense
-from raptor_hf.data.images import ImageSet, check_image_size, check_labels, load_image_processor, open_images
+from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.data.labels import keep_labelled, match_classes, name_classes, names_in_order
 from raptor_hf.data.loaders import EpochOrder, ImageLoader, eval_loader, train_loader
+from raptor_hf.data.sources import open_splits
 from raptor_hf.data.transforms import CropFlip, DepthCollate, SegmentationCollate
 from raptor_hf.hub.heads import check_head, list_heads, save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
@@ -92,6 +95,7 @@ def main() -> None:
         warn_if_single_thread(logger, accelerator)
         set_seed(settings.seeds[0])
         inputs = open_inputs(settings, accelerator)
+        settings = dataclasses.replace(settings, test_split=inputs.test_split)  # saved as it was found
         if accelerator.is_main_process:
             prepare_output_dir(folder, settings, override=settings.override, needed_bytes=disk_space(inputs, settings))
         accelerator.wait_for_everyone()
@@ -124,7 +128,8 @@ class Inputs:
         plain_batches: the training images once, not augmented.
         test_batches: the test images once.
         num_train_images: N.
-        num_test_images: of the split that the metrics are for.
+        test_split: name of the split that the metrics are for.
+        num_test_images: of that split.
         num_steps: of one head.
     """
 
@@ -138,6 +143,7 @@ class Inputs:
     plain_batches: ImageLoader
     test_batches: ImageLoader
     num_train_images: int
+    test_split: str
     num_test_images: int
     num_steps: int
 
@@ -152,10 +158,10 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     backbone, start = open_backbone(settings)
     # one process of each node prepares the data set, the others find it in the cache
     with accelerator.local_main_process_first():
-        train_images, test_images = (
-            open_split(settings, split) for split in (settings.train_split, settings.test_split)
-        )
-    class_names = classes_of(settings, train_images, test_images, backbone)
+        opened = open_splits(functools.partial(open_split, settings), settings.train_split, settings.test_split)
+    class_names, train_images, test_images = classes_of(settings, *opened, backbone)
+    if isinstance(start, nn.Linear):
+        start = reorder_classes(start, train_images, backbone, settings)
     processor = RaptorImageProcessor.from_teacher(load_image_processor(settings.model, settings.model_revision))
     collate, augment, train_processor = image_pipeline(settings, processor, backbone)
     share = {"num_workers": settings.num_workers, "max_failures": settings.max_decode_failures}
@@ -211,6 +217,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
         plain_batches=once(train_images, processor),
         test_batches=test_batches,
         num_train_images=train_images.num_images,
+        test_split=test_images.split,
         num_test_images=test_images.num_images,
         num_steps=num_steps,
     )
@@ -219,7 +226,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
 def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | None]:
     """The backbone, and what the head starts from."""
     wanted = settings.init_head
-    is_file = wanted is not None and wanted.endswith((".pth", ".pt"))
+    is_file = wanted is not None and (wanted.endswith((".pth", ".pt")) or Path(wanted).is_file())
     if is_file and not Path(wanted).is_file():
         raise FileNotFoundError(f"init_head={wanted!r} does not exist; it is a file, a variant of the model, or 'own'")
     variant = None if wanted in (None, "own") or is_file else wanted
@@ -263,22 +270,29 @@ def open_split(settings: ProbeSettings, split: str) -> ImageSet | DenseSet:
 
 def classes_of(
     settings: ProbeSettings, train_images: ImageSet | DenseSet, test_images: ImageSet | DenseSet, backbone: Backbone
-) -> list[str] | None:
-    """Names of the classes, checked against the labels; None for depth."""
+) -> tuple[list[str] | None, ImageSet | DenseSet, ImageSet | DenseSet]:
+    """Names of the classes, None for depth; and the training and test images that have a truth, all checked."""
     if settings.task == "depth-estimation":
-        return None
-    if None not in (train_images.class_names, test_images.class_names):
-        if train_images.class_names != test_images.class_names:
-            raise ValueError(f"the classes of {train_images.title} and {test_images.title} differ, or their order does")
+        return None, train_images, test_images
     if settings.task == "semantic-segmentation":
-        return train_images.class_names
-    labels = [label for images in (train_images, test_images) for label in images.dataset.unique(images.label_column)]
-    names = train_images.class_names or [str(label) for label in range(max(x for x in labels if x is not None) + 1)]
-    for images in (train_images, test_images):
-        check_labels(images, len(names))
+        return train_images.class_names, train_images, test_images
+    names = name_classes(train_images, test_images)
+    labelled = [keep_labelled(images, names) for images in (train_images, test_images)]
     own = backbone.model.config
     # where the data set does not tell them, the model may
-    return list(own.id2label.values()) if train_images.class_names is None and own.num_labels == len(names) else names
+    if train_images.class_names is None and own.num_labels == len(names):
+        names = names_in_order(own.id2label)
+    return names, *labelled
+
+
+def reorder_classes(classifier: nn.Linear, images: ImageSet, backbone: Backbone, settings: ProbeSettings) -> nn.Linear:
+    """The classifier to start from, with its classes in the order of the data set's."""
+    match = match_classes(images, classifier.out_features, backbone.model.config.id2label)
+    if match.classes is None:
+        raise ValueError(f"init_head is {settings.init_head!r}, but its classes are not the data set's; {match.reason}")
+    ordered = copy.deepcopy(classifier)
+    ordered.weight.data, ordered.bias.data = (tensor.data[match.classes] for tensor in (ordered.weight, ordered.bias))
+    return ordered
 
 
 def image_pipeline(
