@@ -225,10 +225,10 @@ def initialize_head(probe: Probe, seed: int, source: nn.Linear | str | None = No
         source: a classifier to start from instead, or the path of one in Meta's format; the paper's fine-tuned probe.
 
     Raises:
-        ValueError: if the source has other classes or another width.
+        ValueError: if the source has other classes or another width, or its file holds no head.
     """
     if isinstance(source, str):
-        load_meta_linear_head(source, probe.model)
+        load_meta_linear_head(_read_head(source), probe.model)
     elif source is not None:
         if source.weight.shape != probe.head.weight.shape:
             raise ValueError(
@@ -242,6 +242,27 @@ def initialize_head(probe: Probe, seed: int, source: nn.Linear | str | None = No
         weight = torch.randn(probe.head.weight.shape, generator=generator) * probe.model.config.initializer_range
         probe.head.weight.copy_(weight)
         probe.head.bias.zero_()
+
+
+def _read_head(path: str) -> dict[str, Tensor]:
+    """Weight and bias in a file of Meta's format."""
+    try:
+        head = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        # of a file that is no checkpoint, or whose pickle would run code, torch and pickle raise nearly anything; what
+        # torch advises then, to load it all the same, is not for files from elsewhere
+        raise ValueError(
+            f"init_head is {path!r}, which is no file of weights that can be read safely ({type(error).__name__}); it "
+            "must hold 'weight' and 'bias' of a linear head, saved by torch.save"
+        ) from error
+    tensors = head.values() if isinstance(head, Mapping) else [None]
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
+        raise ValueError(f"init_head is {path!r}, which holds no tensors 'weight' and 'bias' of a linear head")
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError(f"init_head is {path!r}, whose weights are NaN or infinite in part")
+    return head
 
 
 class ProbeMetric:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     parse_settings(DistillSettings)
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import time
@@ -27,7 +28,9 @@ from torch import Tensor, nn
 
 from raptor_hf import figures
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.data.labels import ClassMatch, match_classes
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
+from raptor_hf.data.sources import open_splits
 from raptor_hf.distillation.evaluation import evaluate_student, print_table
 from raptor_hf.distillation.partition import describe_choice, find_partition, read_partition
 from raptor_hf.distillation.student import block_parameters, make_student, trial_partition
@@ -68,6 +71,7 @@ def main() -> None:
         set_seed(settings.seed, device_specific=True)
         teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
         fingerprints = {"teacher": fingerprint_model(teacher.model), "images": fingerprint_dataset(train_images)}
+        settings = dataclasses.replace(settings, test_split=test_images.split)  # saved as it was found
         session.claim(settings, disk_space(settings, teacher), fingerprints, inputs=[settings.teacher])
         evaluated_on = {"dataset": settings.dataset, "split": settings.test_split, "num_images": settings.eval_images}
         if metrics := session.read_result(needs="model*.safetensors", evaluated_on=evaluated_on):
@@ -178,22 +182,31 @@ def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Te
     # what a partition or a student of these settings would be refused for, before images are read to find the real one
     make_student(teacher, trial_partition(settings, layers), settings)
     processor = load_image_processor(settings.teacher, settings.teacher_revision)
-    check_image_size(processor, teacher.patch_size)
+    check_image_size(processor, teacher.patch_size, teacher.config.num_channels)
     # one process of each node prepares the data set, the others find it in the cache
     with accelerator.local_main_process_first():
-        train_images, test_images = (
-            open_images(
-                settings.dataset,
-                split,
-                config_name=settings.dataset_config,
-                revision=settings.dataset_revision,
-                image_column=settings.image_column,
-                label_column=settings.label_column,
-                streaming=settings.streaming,
-            )
-            for split in (settings.train_split, settings.test_split)
+        open_split = functools.partial(
+            open_images,
+            settings.dataset,
+            config_name=settings.dataset_config,
+            revision=settings.dataset_revision,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            streaming=settings.streaming,
         )
+        train_images, test_images = open_splits(open_split, settings.train_split, settings.test_split)
+    if accelerator.is_main_process:
+        logger.info("training on %s, testing on %s", train_images.title, test_images.title)
+        if reason := class_match(teacher, test_images).reason:
+            logger.warning(reason)
     return teacher, processor, train_images, test_images
+
+
+def class_match(teacher: Teacher, images: ImageSet) -> ClassMatch:
+    """Which classes of the teacher's classifier the labels of the images mean."""
+    if teacher.classifier is None:
+        return ClassMatch(None)
+    return match_classes(images, teacher.classifier.out_features, teacher.config.id2label)
 
 
 def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
@@ -266,15 +279,9 @@ class Run:
         return self.accelerator.unwrap_model(self.task).student
 
     @functools.cached_property
-    def knows_labels(self) -> bool:
-        """Whether the labels of the test images are classes of the teacher's classifier."""
-        images, classifier = self.test_images, self.teacher.classifier
-        if classifier is None or not images.has_labels:
-            return False
-        if images.class_names is not None:
-            return len(images.class_names) == classifier.out_features
-        labels = [] if images.streaming else images.dataset.unique(images.label_column)
-        return all(label is None or 0 <= label < classifier.out_features for label in labels)
+    def class_match(self) -> ClassMatch:
+        """Which classes of the teacher's classifier the labels of the test images mean."""
+        return class_match(self.teacher, self.test_images)
 
     def num_steps(self, stage: int) -> int:
         return self.settings.stage1_steps if stage == 1 else self.settings.stage2_steps
@@ -428,7 +435,7 @@ class Run:
             pin_memory=accelerator.device.type == "cuda",
         )
         batches = progress_bar(batches, "evaluation", accelerator)
-        to_classes = (lambda labels: labels) if self.knows_labels else None
+        to_classes = self.class_match if self.class_match.classes is not None else None
         return evaluate_student(self.teacher, self.task, self.student, batches, accelerator, to_classes)
 
 

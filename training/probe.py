@@ -18,6 +18,7 @@ if __name__ == "__main__":
     parse_settings(ProbeSettings)
 
 import copy
+import dataclasses
 import functools
 import logging
 import shlex
@@ -42,8 +43,10 @@ from torch import Tensor, nn
 from raptor_hf import figures
 from raptor_hf.configuration_raptor import as_pair
 from raptor_hf.data.dense import DenseSet, open_dense
-from raptor_hf.data.images import ImageSet, check_image_size, check_labels, load_image_processor, open_images
+from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
+from raptor_hf.data.labels import keep_labelled, match_classes, name_classes, names_in_order
 from raptor_hf.data.loaders import EpochOrder, ImageLoader, eval_loader, train_loader
+from raptor_hf.data.sources import open_splits
 from raptor_hf.data.transforms import CropFlip, DepthCollate, SegmentationCollate
 from raptor_hf.hub.heads import check_head, check_variant, list_heads, save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
@@ -61,7 +64,7 @@ from raptor_hf.probing import (
     make_probe,
     pool_features,
 )
-from raptor_hf.recipes.files import as_plain, write_json
+from raptor_hf.recipes.files import as_plain, write_json, written_beside
 from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_model
 from raptor_hf.recipes.loop import (
     IntervalLog,
@@ -90,6 +93,7 @@ def main() -> None:
         set_seed(settings.seeds[0])
         inputs = open_inputs(settings, accelerator)
         fingerprints = {"model": fingerprint_model(inputs.backbone.model.base_model), "images": inputs.fingerprint}
+        settings = dataclasses.replace(settings, test_split=inputs.test_split)  # saved as it was found
         session.claim(settings, disk_space(inputs, settings), fingerprints, inputs=[settings.model])
         if record := finished_probe(session, inputs):
             if accelerator.is_main_process:
@@ -116,11 +120,11 @@ def finished_probe(session: Session, inputs: "Inputs") -> dict[str, Any] | None:
     record, folder = session.read_result("probe.json", **expected), inputs.backbone.folder or session.folder
     try:
         is_there = settings.variant in list_heads(folder)
-        known = json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+        known = StudentMetrics.read(folder)
     except (OSError, ValueError):
         return None
-    had_checks = settings.variant in known.get("quick_checks", {})
-    is_whole = is_there and settings.variant in known.get("probes", {}) and (had_checks or not settings.quick_checks)
+    had_checks = settings.variant in known.quick_checks
+    is_whole = is_there and settings.variant in known.probes and (had_checks or not settings.quick_checks)
     return record if is_whole else None
 
 
@@ -139,7 +143,8 @@ class Inputs:
         plain_batches: the training images once, not augmented.
         test_batches: the test images once.
         num_train_images: N.
-        num_test_images: of the split that the metrics are for.
+        test_split: name of the split that the metrics are for.
+        num_test_images: of that split.
         num_steps: of one head.
         fingerprint: of the training images.
     """
@@ -154,6 +159,7 @@ class Inputs:
     plain_batches: ImageLoader
     test_batches: ImageLoader
     num_train_images: int
+    test_split: str
     num_test_images: int
     num_steps: int
     fingerprint: str
@@ -170,10 +176,10 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     backbone, start = open_backbone(settings)
     # one process of each node prepares the data set, the others find it in the cache
     with accelerator.local_main_process_first():
-        train_images, test_images = (
-            open_split(settings, split) for split in (settings.train_split, settings.test_split)
-        )
-    class_names = classes_of(settings, train_images, test_images, backbone)
+        opened = open_splits(functools.partial(open_split, settings), settings.train_split, settings.test_split)
+    class_names, train_images, test_images = classes_of(settings, *opened, backbone)
+    if isinstance(start, nn.Linear):
+        start = reorder_classes(start, train_images, backbone, settings)
     processor = RaptorImageProcessor.from_teacher(load_image_processor(settings.model, settings.model_revision))
     collate, augment, train_processor = image_pipeline(settings, processor, backbone)
     share = {"num_workers": usable_workers(settings.num_workers), "max_failures": settings.max_decode_failures}
@@ -229,6 +235,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
         plain_batches=once(train_images, processor),
         test_batches=test_batches,
         num_train_images=train_images.num_images,
+        test_split=test_images.split,
         num_test_images=test_images.num_images,
         num_steps=num_steps,
         fingerprint=fingerprint_dataset(train_images),
@@ -238,7 +245,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
 def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | None]:
     """The backbone, and what the head starts from."""
     wanted = settings.init_head
-    is_file = wanted is not None and wanted.endswith((".pth", ".pt"))
+    is_file = wanted is not None and (wanted.endswith((".pth", ".pt")) or Path(wanted).is_file())
     if is_file and not Path(wanted).is_file():
         raise FileNotFoundError(f"init_head={wanted!r} does not exist; it is a file, a variant of the model, or 'own'")
     variant = None if wanted in (None, "own") or is_file else wanted
@@ -282,22 +289,29 @@ def open_split(settings: ProbeSettings, split: str) -> ImageSet | DenseSet:
 
 def classes_of(
     settings: ProbeSettings, train_images: ImageSet | DenseSet, test_images: ImageSet | DenseSet, backbone: Backbone
-) -> list[str] | None:
-    """Names of the classes, checked against the labels; None for depth."""
+) -> tuple[list[str] | None, ImageSet | DenseSet, ImageSet | DenseSet]:
+    """Names of the classes, None for depth; and the training and test images that have a truth, all checked."""
     if settings.task == "depth-estimation":
-        return None
-    if None not in (train_images.class_names, test_images.class_names):
-        if train_images.class_names != test_images.class_names:
-            raise ValueError(f"the classes of {train_images.title} and {test_images.title} differ, or their order does")
+        return None, train_images, test_images
     if settings.task == "semantic-segmentation":
-        return train_images.class_names
-    labels = [label for images in (train_images, test_images) for label in images.dataset.unique(images.label_column)]
-    names = train_images.class_names or [str(label) for label in range(max(x for x in labels if x is not None) + 1)]
-    for images in (train_images, test_images):
-        check_labels(images, len(names))
+        return train_images.class_names, train_images, test_images
+    names = name_classes(train_images, test_images)
+    labelled = [keep_labelled(images, names) for images in (train_images, test_images)]
     own = backbone.model.config
     # where the data set does not tell them, the model may
-    return list(own.id2label.values()) if train_images.class_names is None and own.num_labels == len(names) else names
+    if train_images.class_names is None and own.num_labels == len(names):
+        names = names_in_order(own.id2label)
+    return names, *labelled
+
+
+def reorder_classes(classifier: nn.Linear, images: ImageSet, backbone: Backbone, settings: ProbeSettings) -> nn.Linear:
+    """The classifier to start from, with its classes in the order of the data set's."""
+    match = match_classes(images, classifier.out_features, backbone.model.config.id2label)
+    if match.classes is None:
+        raise ValueError(f"init_head is {settings.init_head!r}, but its classes are not the data set's; {match.reason}")
+    ordered = copy.deepcopy(classifier)
+    ordered.weight.data, ordered.bias.data = (tensor.data[match.classes] for tensor in (ordered.weight, ordered.bias))
+    return ordered
 
 
 def image_pipeline(

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     # --help and mistakes are answered before the imports below, which take seconds
     parse_settings(TeacherSettings)
 
+import dataclasses
 import logging
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,9 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersForImageC
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf.data.images import ImageSet, augment, open_images
+from raptor_hf.data.labels import keep_labelled, name_classes
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
+from raptor_hf.data.sources import open_splits
 from raptor_hf.metrics import TopKAccuracy
 from raptor_hf.recipes.files import as_plain, write_json
 from raptor_hf.recipes.fingerprints import fingerprint_dataset
@@ -59,6 +62,7 @@ def main() -> None:
         session = Session("train_teacher", settings)
         accelerator, folder = session.accelerator, session.folder
         train_images, test_images, class_names = open_inputs(settings, accelerator)
+        settings = dataclasses.replace(settings, test_split=test_images.split)  # saved as it was found
         side, half = settings.image_size, [0.5, 0.5, 0.5]
         crop = {"height": side, "width": side}
         processor = BitImageProcessorPil(size={"shortest_edge": side}, crop_size=crop, image_mean=half, image_std=half)
@@ -177,22 +181,16 @@ def open_inputs(settings: TeacherSettings, accelerator: Accelerator) -> tuple[Im
     """Training images, test images and the names of their classes, checked before any work starts."""
     sources = {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
     columns = {"image_column": settings.image_column, "label_column": settings.label_column}
-    splits = (settings.train_split, settings.test_split)
+    open_split = partial(open_images, settings.dataset, **sources, **columns)
     # one process prepares the data set, the others find it in the cache
     with accelerator.main_process_first():
-        opened = [open_images(settings.dataset, split, **sources, **columns) for split in splits]
+        opened = open_splits(open_split, settings.train_split, settings.test_split)
     for images in opened:
         if not images.has_labels:
             raise ValueError(f"{images.title} has no class labels; name their column with label_column")
-    labels = {label for images in opened for label in images.dataset.unique(images.label_column)}
-    labels -= {None}  # an image without a label counts as unreadable
-    names = opened[0].class_names or [str(label) for label in range(max(labels) + 1)]
-    if min(labels) < 0 or max(labels) >= len(names):
-        raise ValueError(
-            f"the labels of {opened[0].title} or {opened[1].title} run from {min(labels)} to {max(labels)}, but there "
-            f"are {len(names)} classes, counted from 0; choose other splits or another label_column"
-        )
-    return *opened, names
+    names = name_classes(*opened)
+    train_images, test_images = (keep_labelled(images, names) for images in opened)
+    return train_images, test_images, names
 
 
 def make_model(settings: TeacherSettings, class_names: list[str]) -> Dinov2WithRegistersForImageClassification:

@@ -11,8 +11,8 @@ cannot be right, such as a label that is no class; `check` looks for those befor
 """
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,10 @@ import PIL.Image
 from datasets import Dataset, Features, Image, IterableDataset, ReadInstruction, Value
 
 from ..image_processing_raptor import IGNORE_INDEX
-from .images import (
-    ImageDecodeError,
-    ImageSet,
+from .images import ImageDecodeError, ImageSet
+from .scenes import CLASS_NAMES, SPLIT_SIZES, load_scenes
+from .sources import (
+    MissingSplitError,
     check_column,
     find_image_column,
     load_source,
@@ -31,7 +32,6 @@ from .images import (
     refuse_options,
     select_split,
 )
-from .scenes import CLASS_NAMES, SPLIT_SIZES, load_scenes
 
 DenseTask = Literal["semantic-segmentation", "depth-estimation"]
 
@@ -91,6 +91,15 @@ class DenseSet:
     def has_labels(self) -> bool:
         """Always true: every image comes with a target."""
         return True
+
+    @property
+    def split(self) -> str:
+        """Name of the split."""
+        return self.images.split
+
+    def select(self, rows: Sequence[int], split: str, title: str) -> "DenseSet":
+        """Returns the set of some of its rows, as `ImageSet.select`."""
+        return replace(self, images=self.images.select(rows, split, title))
 
     def name(self, index: int) -> str:
         """Returns the file path of an image, or its row where the data set holds the bytes."""
@@ -300,7 +309,7 @@ def open_dense(
     for column in (image_column, target_column):
         rows = rows.cast_column(column, Image(decode=False))
     return DenseSet(
-        images=ImageSet(rows, title, image_column),
+        images=ImageSet(rows, title, image_column, split=split),
         task=task,
         target_column=target_column,
         class_names=_name_classes(class_names, num_classes, title) if is_mask else None,
@@ -325,7 +334,7 @@ def _check_options(task: str, **options: float | None) -> None:
 def _check_splits(dataset: str, split: str, there: Collection[str]) -> None:
     names = [part.split("[")[0].strip() for part in split.split("+")]
     if any(name not in there for name in names):
-        raise ValueError(f"split={split!r} of {dataset!r} does not exist; its splits are {sorted(there)}")
+        raise MissingSplitError(f"split={split!r} of {dataset!r} does not exist; its splits are {sorted(there)}")
 
 
 def _take(load: Callable[[str], Dataset], split: str, streaming: bool) -> Dataset | IterableDataset:

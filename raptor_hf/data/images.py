@@ -9,29 +9,19 @@ Images stay the bytes or paths they are stored as until one is read, so that the
 (`raptor_hf.data.loaders`) share the decoding and a damaged file costs one image instead of the run.
 """
 
-import glob
 import hashlib
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from datasets import (
-    ClassLabel,
-    Dataset,
-    Features,
-    Image,
-    IterableDataset,
-    ReadInstruction,
-    Value,
-    concatenate_datasets,
-    load_dataset,
-)
+from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, ReadInstruction
 from raptor_settings.resources import find_model
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -40,12 +30,23 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ..image_processing_raptor import ImageError, viewed_image
+from .sources import (
+    MissingSplitError,
+    find_image_column,
+    find_label_column,
+    folder_of,
+    is_text,
+    load_source,
+    locate_source,
+    refuse_options,
+    select_split,
+)
 
-_SPLIT_FOLDERS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation"}
+NO_LABEL = -1  # as the test splits of many data sets have it
 
 
 class ImageDecodeError(Exception):
-    """An image that cannot be read: damaged, not an image, not there, or without its label.
+    """An image that cannot be read: damaged, not an image, not there, too long and thin, or of an unknown mode.
 
     Args:
         name: of the image, as `ImageSet.name` gives it.
@@ -69,8 +70,10 @@ class ImageSet:
         dataset: rows of the image column, as `datasets.Image(decode=False)`, and of the label column if there is one.
         title: data set and split, for messages.
         image_column: name of the column of images.
-        label_column: name of the column of integer class labels, None without labels.
+        label_column: name of the column of class labels, integers or names, None without labels.
         class_names: names of the classes in the order of their labels, None if the data set does not tell them.
+        split: name of the split.
+        folder: where relative paths of images start, None for the working directory.
     """
 
     dataset: Dataset | IterableDataset
@@ -78,6 +81,8 @@ class ImageSet:
     image_column: str
     label_column: str | None = None
     class_names: list[str] | None = None
+    split: str = ""
+    folder: str | None = None
 
     @property
     def streaming(self) -> bool:
@@ -94,6 +99,14 @@ class ImageSet:
         """Whether every image comes with a class label."""
         return self.label_column is not None
 
+    def select(self, rows: Sequence[int], split: str, title: str) -> "ImageSet":
+        """Returns the set of some of its rows, in their order, with another split and title; not for a stream."""
+        return replace(self, dataset=self.dataset.select(rows), split=split, title=title)
+
+    def labels(self) -> np.ndarray:
+        """Returns all class labels of a set that is no stream, (N,), int64, as `decode` gives them."""
+        return np.array([self._label(value) for value in self.dataset[self.label_column]], dtype=np.int64)
+
     def name(self, index: int) -> str:
         """Returns the file path of an image, or its row where the data set holds the bytes."""
         return self._row_name(self.dataset[index], index)
@@ -105,7 +118,9 @@ class ImageSet:
             index: row of the image.
 
         Returns:
-            The image in RGB and upright as its EXIF orientation says, and its class label (None without labels).
+            The image in RGB and upright as its EXIF orientation says, as a viewer shows it and as the image loader of
+            transformers turns it in front of a processor; and its class label: -1 if it has none, None in a set
+            without labels.
 
         Raises:
             ImageDecodeError: if it cannot be read, with its name.
@@ -121,7 +136,7 @@ class ImageSet:
             index: of the row, None in a stream.
 
         Returns:
-            Name, RGB image and label (None without labels).
+            Name, RGB image and label, as `decode`.
 
         Raises:
             ImageDecodeError: if it cannot be read, with its name.
@@ -131,21 +146,33 @@ class ImageSet:
         if stored is None:
             raise ImageDecodeError(name, "the row holds no image")
         try:
-            image = viewed_image(Image().decode_example(stored)).convert("RGB")
+            image = viewed_image(Image().decode_example(self._located(stored))).convert("RGB")
         except ImageError as error:
             raise ImageDecodeError(name, str(error)) from error
         except Exception as error:
             # Pillow's format plugins raise nearly anything on damaged bytes: OSError, SyntaxError, ValueError,
-            # struct.error, IndexError, DecompressionBombError, ...
+            # struct.error, IndexError, DecompressionBombError, MemoryError, ...
             raise ImageDecodeError(name, f"{type(error).__name__}: {error}") from error
-        if self.label_column is None:
-            return name, image, None
-        if row[self.label_column] is None:
-            raise ImageDecodeError(name, f"the row holds no {self.label_column!r}")
-        return name, image, row[self.label_column]
+        return name, image, None if self.label_column is None else self._label(row[self.label_column])
+
+    def _located(self, stored: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The stored image, its path made absolute if it starts in the folder of the data set."""
+        path = stored.get("path")
+        if self.folder is None or stored.get("bytes") is not None or not path or "://" in path or os.path.isabs(path):
+            return stored
+        return {"bytes": None, "path": os.path.join(self.folder, path)}
+
+    @cached_property
+    def _number_of(self) -> dict[str, int]:
+        return {name: label for label, name in enumerate(self.class_names or ())}
+
+    def _label(self, value: int | str | None) -> int:
+        if value is None:
+            return NO_LABEL
+        return self._number_of[value] if isinstance(value, str) else value
 
     def _row_name(self, row: Mapping[str, Any], index: int | None) -> str:
-        stored = row[self.image_column] or {}
+        stored = self._located(row[self.image_column] or {})
         path, content = stored.get("path"), stored.get("bytes")
         if path and content is None:
             return path
@@ -177,19 +204,21 @@ def open_images(
               `"data/cifar10-{split}.parquet"`; without it all rows are the split "train";
             - the name of a data set on the Hub.
         split: name of a split; slices and sums in the syntax of `datasets` work too ("train[:1%]"), except in a stream.
+            `raptor_hf.data.sources.open_splits` opens two and holds images out where there are none to test on.
         config_name: which configuration of a Hub data set or of a folder, if it has several.
         revision: branch, tag or commit of a Hub data set.
         image_column: column of images, bytes or paths; found by its type if None.
-        label_column: integer column of class labels; if None, "label", "labels" or the only column of class labels.
+        label_column: column of class labels, integers, or names, which are then numbered in the order of the alphabet;
+            if None, "label", "labels" or the only column of class labels.
         streaming: read on the fly instead of downloading and preparing the whole data set first.
 
     Returns:
         The images of the split.
 
     Raises:
-        FileNotFoundError: if there is no such data set, or no file for the split.
-        ValueError: if the split, a column or an image is not there, saying what is; for an option that does not go with
-            `dataset`.
+        MissingSplitError: if the split or its file is not there, saying what is.
+        FileNotFoundError: if there is no such data set.
+        ValueError: if a column or an image is not there, saying what is; for an option that does not go with `dataset`.
     """
     ReadInstruction.from_spec(split)  # raises for a malformed slice
     split_names = [part.split("[")[0].strip() for part in split.split("+")]
@@ -202,7 +231,7 @@ def open_images(
 
     missing = [name for name in split_names if name not in splits]
     if missing:
-        raise ValueError(f"split={split!r} of {dataset!r} does not exist; its splits are {sorted(splits)}")
+        raise MissingSplitError(f"split={split!r} of {dataset!r} does not exist; its splits are {sorted(splits)}")
     if streaming and split not in splits:
         raise ValueError(f"split={split!r}: streaming=True reads one whole split, one of {sorted(splits)}")
     features = splits[split_names[0]].features
@@ -211,7 +240,7 @@ def open_images(
         columns = list(next(iter(splits[split_names[0]]), {}))
         raise ValueError(f"{title} has no column of images. Its columns are {columns}")
     image_column = find_image_column(features, image_column, title)
-    label_column = _find_label_column(features, label_column, title)
+    label_column = find_label_column(features, label_column, title)
 
     if source is None:
         rows = splits[split].to_iterable_dataset() if streaming else select_split(splits, split)
@@ -219,36 +248,27 @@ def open_images(
         rows = splits[split] if streaming else load_source(dataset, **source, split=split)
     if not streaming and rows.num_rows == 0:
         raise ValueError(f"{title} holds no images")
-    rows = rows.select_columns([column for column in (image_column, label_column) if column])
     names = getattr(features[label_column], "names", None) if label_column else None
+    if label_column and is_text(features[label_column]):
+        if streaming:
+            raise ValueError(f"label_column={label_column!r} of {title} holds names, which a stream cannot number")
+        names = _names_in(label_column, splits if source is None else load_source(dataset, **source))
+    rows = rows.select_columns([column for column in (image_column, label_column) if column])
     return ImageSet(
         dataset=rows.cast_column(image_column, Image(decode=False)),
         title=title,
         image_column=image_column,
         label_column=label_column,
         class_names=names,
+        split=split,
+        folder=folder_of(source) if source else None,
     )
 
 
-def check_labels(images: ImageSet, num_classes: int) -> None:
-    """Checks that every class label of a set that is no stream is a class; an image without one counts as unreadable.
-
-    Args:
-        images: with labels.
-        num_classes: C.
-
-    Raises:
-        ValueError: if a label is not in 0 .. C - 1, naming the image and the value.
-    """
-    column = np.array([-1 if label is None else label for label in images.dataset[images.label_column]])
-    known = np.array([label is not None for label in images.dataset[images.label_column]])
-    wrong = np.flatnonzero(known & ((column < 0) | (column >= num_classes)))
-    if len(wrong):
-        row = int(wrong[0])
-        raise ValueError(
-            f"{images.name(row)} has the label {column[row]}, but there are {num_classes} classes, counted from 0 "
-            f"({len(wrong)} such images in {images.title}); choose another split or label_column"
-        )
+def _names_in(column: str, splits: Mapping[str, Dataset]) -> list[str]:
+    """The names in a column of all splits, so that a class has one number in all of them."""
+    found = {name for rows in splits.values() if column in rows.column_names for name in rows.unique(column)}
+    return sorted(found - {None})
 
 
 def load_image_processor(name_or_folder: str, revision: str | None = None) -> BaseImageProcessor:
@@ -273,19 +293,26 @@ def load_image_processor(name_or_folder: str, revision: str | None = None) -> Ba
         ) from error
 
 
-def check_image_size(processor: BaseImageProcessor, patch_size: int) -> tuple[int, int]:
-    """Checks that the images a processor puts out divide into whole patches.
+def check_image_size(processor: BaseImageProcessor, patch_size: int, num_channels: int = 3) -> tuple[int, int]:
+    """Checks that the images a processor puts out fit a model: RGB, of one size, in whole patches.
 
     Args:
         processor: image processor; it is tried on two blank images of different shapes.
         patch_size: side of the model's square patches, in pixels.
+        num_channels: that the model takes.
 
     Returns:
         Height and width of the processed images, in pixels.
 
     Raises:
-        ValueError: if images of different shapes keep different shapes, or a side is no multiple of `patch_size`.
+        ValueError: if model or processor take other than 3 channels, images of different shapes keep different shapes,
+            or a side is no multiple of `patch_size`.
     """
+    mean = getattr(processor, "image_mean", None)
+    means = len(mean) if isinstance(mean, Sequence) else 3
+    for owner, channels in (("the model", num_channels), ("its image processor", means)):
+        if channels != 3:
+            raise ValueError(f"{owner} takes images of {channels} channel(s); it must take 3, as images are RGB")
     blanks = [PIL.Image.new("RGB", size) for size in ((80, 64), (64, 80))]
     shapes = [tuple(processor(images=[blank], return_tensors="pt")["pixel_values"].shape[-2:]) for blank in blanks]
     if shapes[0] != shapes[1]:
@@ -351,50 +378,6 @@ def augment(
     return found.to(pixel_values.dtype)
 
 
-def locate_source(dataset: str, split_names: list[str], **hub_options: str | None) -> dict[str, Any]:
-    """Turns the word for a data set into the arguments of `load_dataset`."""
-    path = os.path.expanduser(dataset)
-    if path.endswith(".parquet") or any(character in path for character in "{*?["):
-        refuse_options(dataset, **hub_options)
-        patterns = {name: path.replace("{split}", name) for name in split_names if "{split}" in path} or {"train": path}
-        files = {name: sorted(glob.glob(pattern, recursive=True)) for name, pattern in patterns.items()}
-        for name, pattern in patterns.items():
-            if not files[name]:
-                there = sorted(os.path.basename(file) for file in glob.glob(path.replace("{split}", "*")))
-                raise FileNotFoundError(f"no file {pattern!r} for split {name!r}; there are {there or 'none'} like it")
-            foreign = [file for file in files[name] if not file.endswith(".parquet")]
-            if foreign:
-                raise ValueError(f"dataset={dataset!r} matches {foreign[0]!r}, which is not parquet; give a folder")
-        return {"path": "parquet", "data_files": files}
-    if os.path.isdir(path):
-        refuse_options(dataset, revision=hub_options["revision"])
-        return {"path": os.path.abspath(path), "name": hub_options["config_name"]}
-    if os.path.exists(path):
-        raise ValueError(f"dataset={dataset!r} must be a folder, parquet files or the name of a data set on the Hub")
-    if path.startswith((os.sep, ".")) or path.count("/") > 1:  # a Hub name is "name" or "owner/name"
-        raise FileNotFoundError(f"dataset={dataset!r}: no such folder or file")
-    return {"path": dataset, "name": hub_options["config_name"], "revision": hub_options["revision"]}
-
-
-def refuse_options(dataset: str, **options: str | None) -> None:
-    """Raises a ValueError for options, other than None, that only a data set on the Hub has."""
-    for option, value in options.items():
-        if value is not None:
-            raise ValueError(f"{option}={value!r} means nothing for the local dataset={dataset!r}; leave it out")
-
-
-def load_source(dataset: str, **arguments: Any) -> Any:
-    """Calls `load_dataset`; its errors name the word for the data set, as FileNotFoundError or ValueError."""
-    try:
-        return load_dataset(**arguments)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"dataset={dataset!r} is no folder or file with images here, and cannot be had from the Hub: {error}"
-        ) from error
-    except ValueError as error:  # an unknown configuration, a split without a row
-        raise ValueError(f"dataset={dataset!r}: {error}") from error
-
-
 def _load_digits() -> dict[str, Dataset]:
     # scikit-learn takes longer to import than everything else here, for this one data set.
     from sklearn.datasets import load_digits
@@ -411,58 +394,3 @@ def _load_digits() -> dict[str, Dataset]:
         )
         for name, indices in (("train", train), ("test", test))
     }
-
-
-def select_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
-    """Applies the slicing syntax of `datasets` to splits in memory."""
-    parts = ReadInstruction.from_spec(split).to_absolute({name: rows.num_rows for name, rows in splits.items()})
-    return concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
-
-
-def find_image_column(features: Features, wanted: str | None, title: str) -> str:
-    """The wanted column of images if it is one, or the only one there is; otherwise a ValueError."""
-
-    def holds_bytes(feature: Any) -> bool:
-        dtype = feature.dtype if isinstance(feature, Value) else None
-        return dtype in ("binary", "large_binary") or (isinstance(feature, dict) and "bytes" in feature)
-
-    if wanted is not None:
-        check_column("image_column", wanted, features, title)
-        feature = features[wanted]
-        is_path = isinstance(feature, Value) and feature.dtype in ("string", "large_string")
-        if not (isinstance(feature, Image) or holds_bytes(feature) or is_path):
-            raise ValueError(f"image_column={wanted!r} of {title} holds no images but {feature}")
-        return wanted
-    found = [name for name, feature in features.items() if isinstance(feature, Image)]
-    found = found or [name for name, feature in features.items() if holds_bytes(feature)]
-    if len(found) != 1:
-        what = f"several columns of images, {found}" if found else "no column of images"
-        raise ValueError(f"{title} has {what}; name one with image_column. Its columns are {list(features)}")
-    return found[0]
-
-
-def _find_label_column(features: Features, wanted: str | None, title: str) -> str | None:
-    integers = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and feature.dtype.startswith(("int", "uint")))
-    ]
-    if wanted is not None:
-        check_column("label_column", wanted, features, title)
-        if wanted not in integers:
-            raise ValueError(f"label_column={wanted!r} of {title} holds no class labels but {features[wanted]}")
-        return wanted
-    found = [name for name in ("label", "labels") if name in integers]
-    found = found[:1] or [name for name in integers if isinstance(features[name], ClassLabel)]
-    if len(found) > 1:
-        raise ValueError(f"{title} has several columns of class labels, {found}; name one with label_column")
-    # `imagefolder` takes the folders train/ and test/ for classes when there are no folders of classes in them.
-    if not found or set(getattr(features[found[0]], "names", [""])) <= _SPLIT_FOLDERS:
-        return None
-    return found[0]
-
-
-def check_column(argument: str, column: str, features: Features, title: str) -> None:
-    """Raises a ValueError for a column that is not there, saying which are."""
-    if column not in features:
-        raise ValueError(f"{argument}={column!r} is no column of {title}; its columns are {list(features)}")

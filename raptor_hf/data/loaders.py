@@ -11,8 +11,10 @@ have seen. An image that cannot be read is replaced by the next one of the same 
 augmentation: each image gets a generator of its own, seeded from (seed, place in the sequence).
 """
 
+import functools
 import itertools
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -43,15 +45,18 @@ class Batch(TypedDict):
 
     Attributes:
         pixel_values: processed images, (b, 3, H, W), float32.
-        names: of the images, b of them.
+        names: of the images, b of them; a loader passes on no batch without images.
         failures: name to reason, for the images that could not be read while making this batch.
-        labels: class labels, (b,), int64, or maps, (b, H, W), as the collation makes them; only if there are labels.
+        labels: class labels, (b,), int64, -1 where an image has none, or maps, (b, H, W), as the collation makes them;
+            only if there are labels.
+        error: why no batch could be made; the loader raises it.
     """
 
     pixel_values: Tensor
     names: list[str]
     failures: dict[str, str]
     labels: NotRequired[Tensor]
+    error: NotRequired[Exception]
 
 
 class TooManyFailuresError(RuntimeError):
@@ -99,6 +104,10 @@ class ImageLoader:
 
     Attributes:
         failures: the count; `failures.reasons` names the images.
+
+    Raises:
+        TooManyFailuresError: while iterating, if more images than allowed cannot be read, or all of them.
+        TargetError: while iterating, for a mask or depth map that cannot be right.
     """
 
     def __init__(self, loader: DataLoader, max_failures: int) -> None:
@@ -109,10 +118,18 @@ class ImageLoader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
+        any_read = False
         for batch in self._loader:
+            if "error" in batch:  # of a worker, which could raise it only as text with the stack of another process
+                raise batch["error"]
             self.failures.record(batch["failures"])
             if batch["names"]:
+                any_read = True
                 yield batch
+        if self.failures.reasons and not any_read:
+            raise _too_many(
+                f"all {len(self.failures.reasons)} images", self.failures.max_failures, self.failures.reasons
+            )
 
 
 def train_loader(
@@ -149,7 +166,8 @@ def train_loader(
         start_step: steps already done.
         process_index: r, of this process.
         num_processes: n; every process gets B / n images per step.
-        num_workers: worker processes of this process, 0 to read in the process itself.
+        num_workers: worker processes of this process, 0 to read in the process itself; of a set that is no stream
+            no more than there are cores, which changes no batch.
         shuffle: whether to permute every epoch; otherwise each runs in the order of the set.
         shuffle_buffer: undecoded images that each worker holds to shuffle a stream.
         max_failures: unreadable images that each process puts up with.
@@ -299,6 +317,13 @@ class _Reader:
     augment: Augment | None = None
     seed: int = 0
 
+    def guarded(self, make_batch: Callable[[], Batch]) -> Batch:
+        """Makes a batch; an error that is the fault of the images becomes a batch that says so."""
+        try:
+            return make_batch()
+        except (TooManyFailuresError, TargetError) as error:
+            return {"names": [], "failures": {}, "error": error}
+
     def filled(
         self,
         row_at: Callable[[int], tuple[dict[str, Any], int | None]],
@@ -359,6 +384,9 @@ class _Batches(torch.utils.data.Dataset):
     order: EpochOrder | None
 
     def __getitem__(self, positions: range) -> Batch:
+        return self.reader.guarded(lambda: self._batch(positions))
+
+    def _batch(self, positions: range) -> Batch:
         dataset = self.reader.images.dataset
         indices = list(positions if self.order is None else map(self.order, positions))
         # all at once: where images are small, asking for a row takes longer than what there is to read
@@ -456,7 +484,8 @@ class _StreamedSteps(torch.utils.data.IterableDataset):
             first = step // num_workers * self.size  # in the share
             window.move_to(first)
             place = (step * self.num_processes + self.process_index) * self.size
-            yield self.reader.filled(window, range(first, first + self.size), range(place, place + self.size))
+            own, places = range(first, first + self.size), range(place, place + self.size)
+            yield self.reader.guarded(functools.partial(self.reader.filled, window, own, places))
 
 
 @dataclass
@@ -473,7 +502,7 @@ class _StreamedOnce(torch.utils.data.IterableDataset):
         worker, num_workers = _worker()
         rows = self.rows.once(self.process_index * num_workers + worker, self.num_processes * num_workers)
         while chunk := list(itertools.islice(rows, self.size)):
-            yield self.reader.sifted((row, None) for row in chunk)
+            yield self.reader.guarded(functools.partial(self.reader.sifted, [(row, None) for row in chunk]))
 
 
 def _rows(dataset: IterableDataset) -> Iterator[dict[str, Any]]:
@@ -494,8 +523,16 @@ def _worker() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
+def usable_cores() -> int:
+    """Returns the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _image_loader(dataset: torch.utils.data.Dataset, max_failures: int, **options: Any) -> ImageLoader:
     options["pin_memory"] &= torch.cuda.is_available()  # else the DataLoader warns
+    if not isinstance(dataset, torch.utils.data.IterableDataset):
+        # more than there are cores gains nothing, and the DataLoader warns; a stream's order depends on their number
+        options["num_workers"] = min(options["num_workers"], usable_cores())
     return ImageLoader(DataLoader(dataset, batch_size=None, **options), max_failures)
 
 
@@ -512,4 +549,5 @@ def _local_size(batch_size: int, process_index: int, num_processes: int) -> int:
 
 def _too_many(what: str, max_failures: int, reasons: Mapping[str, str]) -> TooManyFailuresError:
     last = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[-5:])
-    return TooManyFailuresError(f"{what} cannot be read, more than max_failures={max_failures}; the last ones: {last}")
+    limit = "" if what.startswith("all ") else f", more than max_failures={max_failures}"
+    return TooManyFailuresError(f"{what} cannot be read{limit}; the last ones: {last}")

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from raptor_hf.data import images as image_module
+from raptor_hf.data import sources
 from raptor_hf.data.images import ImageDecodeError, augment, check_image_size, load_image_processor, open_images
 
 
@@ -119,6 +119,45 @@ class TestFolder:
         np.testing.assert_array_equal(pixels(image), np.rot90(pixels(noise(0)), k=-1))
 
 
+class TestModes:
+    ramp = np.linspace(0, 65535, 24 * 16).round().astype(np.uint16).reshape(16, 24)
+
+    @pytest.mark.parametrize("name", ["gray.png", "gray.tiff", "gray.pgm"])
+    def test_gray_of_16_bits_is_scaled_by_its_range(self, tmp_path, name):
+        PIL.Image.fromarray(self.ramp).save(tmp_path / name)
+        images = open_images(str(tmp_path), "train")
+        expected = np.rint(self.ramp / 65535 * 255)[..., None].repeat(3, axis=-1)
+        np.testing.assert_array_equal(pixels(images.decode(0)[0]), expected)
+        assert len(np.unique(expected)) == 256
+
+    def test_gray_of_16_bits_is_turned_upright_too(self, tmp_path):
+        exif = PIL.Image.Exif()
+        exif[PIL.Image.ExifTags.Base.Orientation] = 6
+        PIL.Image.fromarray(self.ramp).save(tmp_path / "0.png", exif=exif)
+        image, _ = open_images(str(tmp_path), "train").decode(0)
+        np.testing.assert_array_equal(pixels(image)[..., 0], np.rot90(np.rint(self.ramp / 257), k=-1))
+
+    @pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
+    def test_numbers_without_a_range_are_refused_by_the_name_of_their_mode(self, tmp_path, dtype, mode):
+        PIL.Image.fromarray((self.ramp / 65535).astype(dtype)).save(tmp_path / "0.tiff")
+        with pytest.raises(ImageDecodeError, match=f"0.tiff: ValueError: its mode is '{mode}'"):
+            open_images(str(tmp_path), "train").decode(0)
+
+    @pytest.mark.parametrize("size", [(1, 3000), (50_000, 20)])
+    def test_a_long_thin_image_is_unreadable_before_anything_resizes_it(self, tmp_path, size):
+        PIL.Image.new("RGB", size).save(tmp_path / "0.png")
+        message = f"0.png: ValueError: is {size[0]} x {size[1]} pixels; one side must be at most 100 times the other"
+        with pytest.raises(ImageDecodeError, match=message):
+            open_images(str(tmp_path), "train").decode(0)
+
+    def test_a_model_that_takes_gray_images_is_refused(self):
+        gray = BitImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}, image_mean=[0.5])
+        with pytest.raises(ValueError, match=r"its image processor takes images of 1 channel.* images are RGB"):
+            check_image_size(gray, 2)
+        with pytest.raises(ValueError, match=r"the model takes images of 1 channel"):
+            check_image_size(BitImageProcessorPil(), 14, num_channels=1)
+
+
 class TestParquet:
     columns = {"picture": [noise(seed) for seed in range(4)], "kind": [0, 1, 1, 0], "note": list("abcd")}
     features = {
@@ -213,10 +252,10 @@ class TestUnreadableImages:
 
     def test_damaged_bytes_and_empty_cells_are_named_by_row(self, tmp_path):
         damaged = encoded(noise(0))[:-40]
-        column = pa.array([{"bytes": damaged, "path": "0.png"}, None, {"bytes": encoded(noise(1)), "path": None}])
-        pq.write_table(pa.table({"image": column, "label": [0, 1, None]}), tmp_path / "x.parquet")
+        column = pa.array([{"bytes": damaged, "path": "0.png"}, None])
+        pq.write_table(pa.table({"image": column, "label": [0, 1]}), tmp_path / "x.parquet")
         images = open_images(str(tmp_path / "x.parquet"), "train")
-        for index, reason in enumerate(["OSError", "no image", "no 'label'"]):
+        for index, reason in enumerate(["OSError", "no image"]):
             with pytest.raises(ImageDecodeError, match=reason) as caught:
                 images.decode(index)
             assert caught.value.name == f"row {index} of {tmp_path}/x.parquet train"
@@ -239,7 +278,7 @@ class TestErrors:
             ({"image_column": "image"}, r"image_column='image' .* \['picture', 'kind', 'note'\]"),
             ({"label_column": "label"}, r"label_column='label' .* \['picture', 'kind', 'note'\]"),
             ({"image_column": "kind"}, "image_column='kind' .* holds no images"),
-            ({"label_column": "note"}, "label_column='note' .* holds no class labels"),
+            ({"label_column": "picture"}, "label_column='picture' .* holds no class labels"),
             ({"revision": "main"}, "revision='main' means nothing"),
             ({"split": "train[:1"}, r"train\[:1"),
         ):
@@ -293,7 +332,7 @@ class TestHub:
             rows = datasets.Dataset.from_dict({"image": [noise(0)]}, features=datasets.Features(image=datasets.Image()))
             return {"train": rows.to_iterable_dataset()} if streaming else rows
 
-        monkeypatch.setattr(image_module, "load_dataset", load)
+        monkeypatch.setattr(sources, "load_dataset", load)
         images = open_images("owner/name", "train", config_name="small", revision="v1")
         common = {"path": "owner/name", "name": "small", "revision": "v1"}
         assert calls == [common, common | {"split": "train"}]
@@ -303,7 +342,7 @@ class TestHub:
         def load(**_):
             raise ConnectionError("offline")
 
-        monkeypatch.setattr(image_module, "load_dataset", load)
+        monkeypatch.setattr(sources, "load_dataset", load)
         with pytest.raises(FileNotFoundError, match="dataset='owner/name' .* offline"):
             open_images("owner/name", "train")
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-from raptor_hf.data.dense import DenseSet, open_dense
+from raptor_hf.data.dense import DenseSet, TargetError, open_dense
 from raptor_hf.data.images import ImageSet, open_images
 from raptor_hf.data.loaders import EpochOrder, TooManyFailuresError, eval_loader, train_loader
 from raptor_hf.data.transforms import CropFlip, SegmentationCollate
@@ -213,6 +213,37 @@ class TestDamagedImages:
         images = open_images(path, "train", streaming=streaming)
         with pytest.raises(TooManyFailuresError, match="101 images in a row"):
             list(train_loader(images, processor, batch_size=2, seed=0, num_steps=3, num_workers=num_workers))
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_their_errors_hold_no_stack_of_a_worker(self, tmp_path, processor, num_workers):
+        images = open_images(write_parquet(tmp_path / "x", 4, damaged=(0, 1, 2, 3)), "train")
+        with pytest.raises(TooManyFailuresError) as caught:
+            list(train_loader(images, processor, batch_size=2, seed=0, num_steps=3, num_workers=num_workers))
+        assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_a_mask_that_cannot_be_right_is_named_by_a_worker_too(self, tmp_path, processor, num_workers):
+        write_ade20k(tmp_path)
+        path = tmp_path / "annotations" / "training" / "ADE_train_00000002.png"
+        PIL.Image.fromarray(np.full((21, 30), 77, np.uint8)).save(path)
+        images = open_dense("semantic-segmentation", str(tmp_path), "training")
+        loader = eval_loader(
+            images, processor, batch_size=2, num_workers=num_workers, collate=SegmentationCollate(processor, 8)
+        )
+        with pytest.raises(TargetError, match="holds the label 77") as caught:
+            list(loader)
+        assert caught.value.name.endswith("ADE_train_00000002.jpg") and "Traceback" not in str(caught.value)
+
+    def test_a_set_of_nothing_else_is_no_result(self, tmp_path, processor):
+        images = open_images(write_parquet(tmp_path / "x", 4, damaged=(0, 1, 2, 3)), "train")
+        with pytest.raises(TooManyFailuresError, match="all 4 images cannot be read; the last ones: row 0"):
+            list(eval_loader(images, processor, batch_size=2))
+
+    @pytest.mark.filterwarnings("error")
+    def test_more_workers_than_cores_are_not_started(self, digits, processor, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+        loader = train_loader(digits, processor, batch_size=4, seed=0, num_steps=2, num_workers=8)
+        assert loader._loader.num_workers == 2
 
     def test_a_vanished_file_costs_one_image(self, tmp_path, processor):
         for i in range(6):

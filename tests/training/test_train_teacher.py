@@ -142,7 +142,16 @@ def test_bad_setting_is_named_with_what_would_work(changes, message):
     "labels, feature, message",
     [
         (None, None, "has no class labels; name their column with label_column"),
-        ([0, -1, 1, 0], ClassLabel(names=["cat", "dog"]), "run from -1 to 1, but there are 2 classes"),
+        (
+            [0, -5, 1, 0],
+            ClassLabel(names=["cat", "dog"]),
+            "row 1 of {folder}/{{split}}.parquet train has the label -5, but",
+        ),
+        (
+            [-1, -1, -1, -1],
+            ClassLabel(names=["cat", "dog"]),
+            "no image of {folder}/{{split}}.parquet train has a class label",
+        ),
     ],
 )
 def test_images_without_usable_labels_are_refused_before_the_folder_is_made(
@@ -159,7 +168,7 @@ def test_images_without_usable_labels_are_refused_before_the_folder_is_made(
         data.to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, tmp_path / "run", dataset=tmp_path / "{split}.parquet")
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    assert stopped.value.code == 2 and message.format(folder=tmp_path) in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

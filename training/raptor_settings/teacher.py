@@ -19,7 +19,11 @@ class TeacherSettings:
     dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
     dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
     train_split: str = setting("train", help="split that the teacher is trained on", group="images")
-    test_split: str = setting("test", help="split that the accuracy is measured on", group="images")
+    test_split: str | None = setting(
+        None,
+        help="split that the accuracy is measured on; none takes validation, test or held_out, 10 % of train_split",
+        group="images",
+    )
     image_column: str | None = setting(None, help="column of the images; none finds it", group="images")
     label_column: str | None = setting(None, help="column of the class labels; none finds it", group="images")
     image_size: int = setting(32, help="side of the images", group="teacher", unit="pixels", above=0, at_most=16_384)

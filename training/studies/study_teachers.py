@@ -17,6 +17,7 @@ if __name__ == "__main__":
     # --help and mistakes are answered before the imports below, which take seconds
     parse_settings(TeacherStudySettings)
 
+import functools
 import logging
 import math
 import shlex
@@ -35,6 +36,7 @@ from torch import Tensor
 
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader
+from raptor_hf.data.sources import open_splits
 from raptor_hf.metrics import FidelityAccumulator
 from raptor_hf.phases import Partition, phase_contrast
 from raptor_hf.recipes.files import write_json, write_text_atomically
@@ -211,9 +213,11 @@ def measure_teacher(settings: TeacherSettings) -> dict[str, Any]:
     processor = load_image_processor(settings.output_dir)
     sources = {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
     columns = {"image_column": settings.image_column, "label_column": settings.label_column}
+    open_split = functools.partial(open_images, settings.dataset, **sources, **columns)
     measures = {}
-    for name, split in (("train", settings.train_split), ("test", settings.test_split)):
-        images = open_images(settings.dataset, split, **sources, **columns)
+    for name, images in zip(
+        ("train", "test"), open_splits(open_split, settings.train_split, settings.test_split), strict=True
+    ):
         share = {"batch_size": settings.batch_size, "num_workers": settings.num_workers}
         batches = eval_loader(images, processor, max_failures=settings.max_decode_failures, **share)
         measures[name], copy_r2 = _measure_split(teacher, batches, device)
