@@ -155,6 +155,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     intermediate_size: int | None = None
     depth_conditioning: str = "none"
     conditioning_rank: int = 8
+    output_rank: int = 0
+    branch_shifts: bool = False
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
