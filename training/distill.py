@@ -15,6 +15,7 @@ if __name__ == "__main__":
     parse_settings(DistillSettings)
 
 import contextlib
+import copy
 import functools
 import logging
 import operator
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object, set_seed
+from accelerate.utils import DistributedType, broadcast, gather_object, set_seed
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
@@ -34,6 +35,8 @@ from tqdm import tqdm
 from raptor_hf import figures
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
+from raptor_hf.data.transforms import CropFlip
+from raptor_hf.distillation.start import fit_to_teacher
 from raptor_hf.distillation.student import block_parameters, choose_partition, make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask, LayerVariance, TrajectoryLoss, teacher_forcing
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
@@ -41,11 +44,12 @@ from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import (
     Partition,
 )
-from raptor_hf.recipes.checkpoint import resume_run, save_run
+from raptor_hf.recipes.checkpoint import latest_checkpoint, resume_run, save_run
 from raptor_hf.recipes.files import write_json
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
+    RisingLossGuard,
     cosine_schedule,
     describe_environment,
     warn_if_single_thread,
@@ -56,6 +60,9 @@ from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 
 logger = logging.getLogger("distill")
+
+# share of an image's area that --augment keeps, at least and at most
+AUGMENT_AREA = (0.25, 1.0)
 
 
 def main() -> None:
@@ -84,7 +91,7 @@ def main() -> None:
     loader = functools.partial(
         train_loader,
         train_images,
-        processor,
+        processor=processor,
         batch_size=settings.batch_size,
         seed=settings.seed,
         process_index=accelerator.process_index,
@@ -97,6 +104,10 @@ def main() -> None:
     seconds["phases"] = time.perf_counter() - began
 
     student = make_student(teacher, partition, settings)
+    if settings.init == "fitted" and latest_checkpoint(folder / "checkpoints") is None:
+        began = time.perf_counter()
+        fit_student(teacher, student, loader, settings, accelerator)
+        seconds["fit"] = time.perf_counter() - began
     task = DistillationTask(
         student,
         TrajectoryLoss(
@@ -109,10 +120,9 @@ def main() -> None:
         horizon=settings.horizon,
         input_noise=settings.input_noise,
     )
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
         settings.optimizer,
-        trainable,
+        student,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         fused=has_fused_adamw(accelerator),
@@ -121,6 +131,11 @@ def main() -> None:
 
     run = Run(settings, accelerator, teacher, task, optimizer, test_images, processor)
     run.resume()
+    if settings.augment:
+        cropped = copy.deepcopy(processor)
+        cropped.do_resize = cropped.do_center_crop = False
+        crop = CropFlip(check_image_size(processor, teacher.patch_size), scale=AUGMENT_AREA)
+        loader = functools.partial(loader, augment=crop, processor=cropped)
     for stage in (1, 2):
         if run.num_steps(stage) and run.stage <= stage:
             run.train(stage, loader)
@@ -236,6 +251,25 @@ def phases_of(
     return partition, variance.compute() if settings.normalize_loss else None
 
 
+def fit_student(
+    teacher: Teacher,
+    student: nn.Module,
+    loader: functools.partial,
+    settings: DistillSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Fits the blocks on the first `fit_images` training images, in whole batches, the same on every process."""
+    num_steps = max(1, settings.fit_images // settings.batch_size)
+    batches = loader(num_steps=num_steps, process_index=0, num_processes=1)
+    student.to(accelerator.device)
+    with accelerator.autocast():
+        images = (batch["pixel_values"].to(accelerator.device) for batch in batches)
+        fit_to_teacher(teacher, student, tqdm(images, "fit", disable=not accelerator.is_main_process, leave=False))
+    if accelerator.num_processes > 1:  # kernels may differ in the last bits from process to process
+        for parameter in student.parameters():
+            broadcast(parameter.data)
+
+
 def has_fused_adamw(accelerator: Accelerator) -> bool:
     """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
     return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP
@@ -295,7 +329,7 @@ class Run:
         if self.pending_log:
             self.log.load_state_dict(self.pending_log)
         self.histories[stage] = self.log.history
-        guard = NonFiniteGuard(settings.max_nonfinite_steps)
+        guard, rising = NonFiniteGuard(settings.max_nonfinite_steps), RisingLossGuard(settings.max_rising_steps)
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0
         batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)
@@ -328,6 +362,8 @@ class Run:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.step = step + 1
+            if self.forcing(step) == self.forcing(num_steps - 1):  # until then stage 1 has another loss at every step
+                rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
             if record := self.log.update(step + 1, losses, lr=lr):
                 accelerator.log(record, step=offset + step + 1)
             last = self.step == num_steps

@@ -1,0 +1,152 @@
+"""Optimizers of the distillation: AdamW, and Muon for the blocks' weight matrices with AdamW for everything else.
+
+    optimizer = make_optimizer("muon", student, learning_rate=2e-2, weight_decay=1e-4)
+
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; PyTorch's own, from 2.9 on) orthogonalises the
+momentum of each matrix. Here a learning rate is relative: at rate lr a step changes a matrix by lr times the root mean
+square that its entries had at the start. Trained matrices of a Vision Transformer have entries of .1 at width 96 and of
+.012 to .02 at width 384, less than width alone explains, so that a step of one absolute size is a slow one for the
+first and diverges for the second. Tables of gains, shifts and low-rank factors, norms, LayerScales and biases go under
+AdamW, at a fixed fraction of that rate.
+"""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from raptor_settings.distill import OptimizerName
+
+from ..modeling_raptor import RaptorBlock
+
+# the learning rate of what Muon leaves to AdamW, relative to Muon's
+ADAMW_SHARE = 0.25
+
+
+def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:
+    """Refuses an optimizer that cannot be had, before anything is built for it.
+
+    Args:
+        name: as in `make_optimizer`.
+        sharded: whether the parameters are shards, as under FSDP.
+
+    Raises:
+        ValueError: an unknown name, or Muon with a PyTorch that does not have it, or on shards.
+    """
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"optimizer is {name!r}; it must be one of {', '.join(get_args(OptimizerName))}")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer is 'muon', which needs PyTorch 2.9 or newer; this is {torch.__version__}")
+    if name == "muon" and sharded:
+        raise ValueError("optimizer is 'muon', which needs whole matrices; with FSDP take 'adamw'")
+
+
+def make_optimizer(
+    name: OptimizerName,
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    fused: bool = False,
+) -> torch.optim.Optimizer:
+    """
+    Args:
+        name: "adamw", or "muon".
+        model: whose parameters that require gradients are trained.
+        learning_rate: for AdamW alone, the size of a step; for Muon relative to each matrix, see this module's head.
+        weight_decay: decoupled, of all of them.
+        fused: whether AdamW updates all its parameters in one kernel.
+
+    Raises:
+        ValueError: as `check_optimizer`, or Muon without a matrix.
+    """
+    check_optimizer(name)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    matrices = block_matrices(model)
+    own = {id(matrix) for matrix in matrices}
+    others = [parameter for parameter in parameters if id(parameter) not in own]
+    return MuonWithAdamW(matrices, others, learning_rate=learning_rate, weight_decay=weight_decay, fused=fused)
+
+
+def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear layers of all blocks, as far as they require gradients; no conditioner has any here."""
+    blocks = [module for module in model.modules() if isinstance(module, RaptorBlock)]
+    linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
+    return [linear.weight for linear in linears if linear.weight.requires_grad]
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon for matrices, AdamW for all others, as one optimizer with a parameter group for each.
+
+    Args:
+        matrices: of two dimensions, for Muon.
+        others: for AdamW.
+        learning_rate: of Muon, relative: the root mean square of a matrix's step over that of the matrix itself when it
+            was first updated; of a matrix of zeros, over that of PyTorch's initialisation, (3 in)^-1/2. AdamW's is
+            `ADAMW_SHARE` of it.
+        weight_decay: of both.
+        fused: of AdamW.
+
+    Raises:
+        ValueError: no matrix.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        *,
+        learning_rate: float,
+        weight_decay: float,
+        fused: bool = False,
+    ) -> None:
+        if not matrices:
+            raise ValueError("there is no matrix in a block for Muon among the parameters; take 'adamw'")
+        common = {"lr": learning_rate, "weight_decay": weight_decay}
+        self._muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)
+        self._adamw = torch.optim.AdamW(others, fused=fused, **common) if others else None
+        parts = [self._muon] if self._adamw is None else [self._muon, self._adamw]
+        # each group brings all settings of its own algorithm
+        super().__init__([part.param_groups[0] for part in parts], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Takes one step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # groups and state are this optimizer's, whatever was loaded into it
+        muon, *adamw = self.param_groups
+        self._muon.state = self.state
+        self._muon.param_groups = [self._relative(muon, matrix) for matrix in muon["params"] if matrix.grad is not None]
+        self._muon.step()
+        if adamw:
+            self._adamw.state = self.state
+            self._adamw.param_groups = [adamw[0] | {"lr": ADAMW_SHARE * adamw[0]["lr"]}]
+            self._adamw.step()
+        return loss
+
+    def _relative(self, group: dict[str, Any], matrix: nn.Parameter) -> dict[str, Any]:
+        """The group of one matrix, whose step has `lr` times the root mean square that the matrix started with."""
+        state = self.state[matrix]
+        if "start_rms" not in state:
+            rms = matrix.float().square().mean().sqrt()
+            state["start_rms"] = torch.where(rms > 0, rms, (3 * matrix.shape[1]) ** -0.5).cpu()
+        # PyTorch's own scaling gives every step a root mean square of .2 times its rate
+        factor = float(state["start_rms"]) / 0.2
+        decay = group["weight_decay"] / factor
+        return group | {"params": [matrix], "lr": group["lr"] * factor, "weight_decay": decay}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for the groups that `__init__` makes.
+
+        Raises:
+            ValueError: any other.
+        """
+        if len(self.param_groups) == 1 + (self._adamw is not None):
+            raise ValueError("MuonWithAdamW takes all its parameters at once")
+        super().add_param_group(param_group)
