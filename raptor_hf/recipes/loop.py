@@ -139,9 +139,9 @@ class RisingLossGuard:
         self._in_a_row = self._in_a_row + 1 if loss > self._first else 0
         if self.max_in_a_row and self._in_a_row >= self.max_in_a_row:
             raise DivergedError(
-                f"the loss is {loss:.3g} at step {step} and has been above the {self._first:.3g} that it began with for "
-                f"{self._in_a_row} steps: lower learning_rate (it is {lr:.3g} at this step), to a third for a start, or "
-                f"raise warmup_steps; max_rising_steps 0 lets it go on"
+                f"the loss is {loss:.3g} at step {step} and has been above the {self._first:.3g} that it began with "
+                f"for {self._in_a_row} steps: lower learning_rate, which is {lr:.3g} at this step, to a third for a "
+                f"start, or raise warmup_steps; max_rising_steps 0 lets the run go on"
             )
 
 

@@ -34,8 +34,8 @@ def _foreach(case: TrainingCase) -> OurStep:
 
 def _muon(case: TrainingCase) -> OurStep:
     step = _plain(case)
-    group = step.optimizer.param_groups[0]
-    step.optimizer = make_optimizer("muon", group["params"], learning_rate=group["lr"], weight_decay=1e-4, fused=True)
+    rate = step.optimizer.param_groups[0]["lr"]
+    step.optimizer = make_optimizer("muon", step.student, learning_rate=rate, weight_decay=1e-4, fused=True)
     return step
 
 
