@@ -95,6 +95,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             affine change of both norms and both LayerScales.
         conditioning_rank (`int`, *optional*, defaults to 8):
             Rank r of `"low_rank"`.
+        branch_shifts (`bool`, *optional*, defaults to `False`):
+            Whether `"low_rank"` also adds a vector per step to what each branch adds to the tokens.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the `"mlp"` FFN.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
@@ -171,6 +173,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     intermediate_size: int | None = None
     depth_conditioning: str = "none"
     conditioning_rank: int = 8
+    branch_shifts: bool = False
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0

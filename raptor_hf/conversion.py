@@ -232,6 +232,17 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
     merged["norm2.bias"] = weights["norm2.bias"] + step.norm2_shift
     merged["layer_scale1.lambda1"] = weights["layer_scale1.lambda1"] * (1 + step.layer_scale1_gain)
     merged["layer_scale2.lambda1"] = weights["layer_scale2.lambda1"] * (1 + step.layer_scale2_gain)
+    for number, projection, shift in (
+        (1, "attention.proj", step.attention_shift),
+        (2, "ffn.fc2", step.ffn_shift),
+    ):
+        if shift is not None:
+            # LayerScale comes after the bias; of a feature that it removes, it is made one, and the feature's row zero
+            scale, bias = merged[f"layer_scale{number}.lambda1"], weights[f"{projection}.bias"]
+            removed = scale == 0
+            merged[f"{projection}.weight"] = weights[f"{projection}.weight"].masked_fill(removed[:, None], 0)
+            merged[f"layer_scale{number}.lambda1"] = scale.masked_fill(removed, 1)
+            merged[f"{projection}.bias"] = torch.where(removed, shift, bias + shift / scale.masked_fill(removed, 1))
     return merged
 
 

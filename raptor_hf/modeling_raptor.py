@@ -141,6 +141,7 @@ class StepModulation(NamedTuple):
     layer_scale1_gain, layer_scale2_gain: (D,), LayerScale becomes gamma * (1 + gain).
     qkv_up, qkv_down: (3D, r) and (r, D); their product is added to the QKV weight.
     ffn_up, ffn_down: the same for the first projection of the FFN.
+    attention_shift, ffn_shift: (D,), added to what a branch adds to the tokens.
     """
 
     input_shift: torch.Tensor | None = None
@@ -157,6 +158,8 @@ class StepModulation(NamedTuple):
     qkv_down: torch.Tensor | None = None
     ffn_up: torch.Tensor | None = None
     ffn_down: torch.Tensor | None = None
+    attention_shift: torch.Tensor | None = None
+    ffn_shift: torch.Tensor | None = None
 
 
 class NoConditioner(nn.Module):
@@ -258,6 +261,7 @@ class EmbeddingConditioner(TableConditioner):
 class LowRankConditioner(TableConditioner):
     """`"low_rank"`: per layer a rank-r term on QKV and first FFN weight, an affine change of norms and LayerScales.
 
+    With `branch_shifts` also a shift of what each branch adds to the tokens.
     Neutral at the start: the up factors and all gains and shifts are zero.
     """
 
@@ -278,6 +282,8 @@ class LowRankConditioner(TableConditioner):
         self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * dim, rank))
         self.ffn_down = nn.Parameter(torch.zeros(steps, rank, dim))
         self.ffn_up = nn.Parameter(torch.zeros(steps, ffn_width, rank))
+        if config.branch_shifts:
+            self.vectors += ("attention_shift", "ffn_shift")
         for name in self.vectors:
             self.register_parameter(name, nn.Parameter(torch.zeros(steps, dim)))
 
@@ -531,6 +537,8 @@ class RaptorBlock(GradientCheckpointingLayer):
         branch, weights = self.attention(branch, step.qkv_up, step.qkv_down, scale if fold else None, **kwargs)
         branch = self.drop_path(branch)
         hidden_states = hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale)
+        if step.attention_shift is not None:
+            hidden_states = hidden_states + step.attention_shift
 
         fold = self._folds(hidden_states, self.ffn, self.ffn.fc2)
         scale = self.layer_scale2(step.layer_scale2_gain, step.ffn_gain)
@@ -538,6 +546,8 @@ class RaptorBlock(GradientCheckpointingLayer):
             scale = scale * step.output_gain
         branch = self.norm2(hidden_states, step.norm2_gain, step.norm2_shift)
         branch = self.drop_path(self.ffn(branch, step.ffn_up, step.ffn_down, scale if fold else None))
+        if step.ffn_shift is not None:
+            hidden_states = hidden_states + step.ffn_shift
         if step.output_gain is None:
             return hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale), weights
         if fold:

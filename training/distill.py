@@ -15,6 +15,7 @@ if __name__ == "__main__":
     parse_settings(DistillSettings)
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -23,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import DistributedType, broadcast, set_seed
 from torch import Tensor, nn
 
 from raptor_hf import figures
@@ -31,8 +32,10 @@ from raptor_hf.data.images import ImageSet, check_image_size, load_image_process
 from raptor_hf.data.labels import ClassMatch, match_classes
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.data.sources import open_splits
+from raptor_hf.data.transforms import CropFlip
 from raptor_hf.distillation.evaluation import evaluate_student, print_table
 from raptor_hf.distillation.partition import describe_choice, find_partition, read_partition
+from raptor_hf.distillation.start import fit_to_teacher
 from raptor_hf.distillation.student import block_parameters, make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, teacher_forcing
 from raptor_hf.hub.heads import backbone_fingerprint
@@ -44,6 +47,7 @@ from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_mode
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
+    RisingLossGuard,
     cosine_schedule,
     describe_environment,
     is_step_finite,
@@ -58,6 +62,9 @@ from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
 
 logger = logging.getLogger("distill")
+
+# share of an image's area that --augment keeps, at least and at most
+AUGMENT_AREA = (0.25, 1.0)
 
 
 def main() -> None:
@@ -83,7 +90,7 @@ def main() -> None:
         loader = functools.partial(
             train_loader,
             train_images,
-            processor,
+            processor=processor,
             batch_size=settings.batch_size,
             seed=settings.seed,
             process_index=accelerator.process_index,
@@ -100,6 +107,10 @@ def main() -> None:
     # found or read, the phases leave the random numbers in the same state
     set_seed(settings.seed, device_specific=True)
     student = make_student(teacher, partition, settings)
+    began = time.perf_counter()
+    if settings.init == "fitted" and session.progress is None:
+        fit_student(teacher, student, loader, settings, accelerator)
+    fit_seconds = time.perf_counter() - began
     task = DistillationTask(
         student,
         TrajectoryLoss(
@@ -112,18 +123,22 @@ def main() -> None:
         horizon=settings.horizon,
         input_noise=settings.input_noise,
     )
-    trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(
         settings.optimizer,
-        trainable,
+        student,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         fused=has_fused_adamw(accelerator),
     )
     task, optimizer = accelerator.prepare(task, optimizer)
 
-    run = Run(session, teacher, task, optimizer, test_images, processor)
+    run = Run(session, teacher, task, optimizer, test_images, processor, fit_seconds)
     run.resume(evaluated_on)
+    if settings.augment:
+        cropped = copy.deepcopy(processor)
+        cropped.do_resize = cropped.do_center_crop = False
+        crop = CropFlip(check_image_size(processor, teacher.patch_size), scale=AUGMENT_AREA)
+        loader = functools.partial(loader, augment=crop, processor=cropped)
     for stage in (1, 2):
         if run.num_steps(stage) and run.stage <= stage:
             run.train(stage, loader)
@@ -135,7 +150,7 @@ def main() -> None:
         save_student(run, weights)
     began = time.perf_counter()
     metrics = {"fidelity": run.evaluate(), "unreadable_images": session.gather_failures(run.failures)}
-    seconds = {"phases": phases.get("seconds", 0.0)}
+    seconds = {"phases": phases.get("seconds", 0.0), "fit": run.fit_seconds}
     seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
     seconds["evaluation"] = time.perf_counter() - began
     if accelerator.is_main_process:
@@ -246,6 +261,25 @@ def phases_of(
     return phases
 
 
+def fit_student(
+    teacher: Teacher,
+    student: nn.Module,
+    loader: functools.partial,
+    settings: DistillSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Fit the blocks on the first `fit_images` training images, in whole batches, the same on every process."""
+    num_steps = max(1, settings.fit_images // settings.batch_size)
+    batches = loader(num_steps=num_steps, process_index=0, num_processes=1)
+    student.to(accelerator.device)
+    with accelerator.autocast():
+        images = (batch["pixel_values"].to(accelerator.device) for batch in batches)
+        fit_to_teacher(teacher, student, progress_bar(images, "fit", accelerator, num_steps))
+    if accelerator.num_processes > 1:  # kernels may differ in the last bits from process to process
+        for parameter in student.parameters():
+            broadcast(parameter.data)
+
+
 def has_fused_adamw(accelerator: Accelerator) -> bool:
     """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
     return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP
@@ -262,7 +296,9 @@ class Run:
         optimizer: torch.optim.Optimizer,
         test_images: ImageSet,
         processor: Any,
+        fit_seconds: float,
     ) -> None:
+        self.fit_seconds = fit_seconds
         self.session, self.settings, self.accelerator = session, session.settings, session.accelerator
         self.teacher, self.task, self.optimizer = teacher, task, optimizer
         self.test_images, self.processor = test_images, processor
@@ -298,7 +334,7 @@ class Run:
         if self.pending_log:
             self.log.load_state_dict(self.pending_log)
         self.histories[stage] = self.log.history
-        guard = NonFiniteGuard(settings.max_nonfinite_steps)
+        guard, rising = NonFiniteGuard(settings.max_nonfinite_steps), RisingLossGuard(settings.max_rising_steps)
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0
         batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)
@@ -320,6 +356,8 @@ class Run:
                 self.optimizer.step()
             self.optimizer.zero_grad()
             self.step = step + 1
+            if self.forcing(step) == self.forcing(num_steps - 1):  # until then stage 1 has another loss at every step
+                rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
             if record := self.log.update(step + 1, losses, lr=lr):
                 accelerator.log(record, step=offset + step + 1)
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < num_steps:
@@ -397,6 +435,7 @@ class Run:
             "evaluations": self.evaluations,
             "evaluated_on": self.evaluated_on,
             "failures": self.session.gather_failures(self.failures),
+            "fit_seconds": self.fit_seconds,
             "blocks": [list(layers) for layers in self.student.config.block_layers],
         }
         self.session.save(offset + self.step, self.task, self.optimizer, progress, trainable_only=True)
@@ -416,6 +455,7 @@ class Run:
         self.stage, self.step, self.pending_log = progress["stage"], progress["step"], progress["log"]
         self.histories = {int(stage): history for stage, history in progress["histories"].items()}
         self.failures = progress["failures"]
+        self.fit_seconds = progress.get("fit_seconds", 0.0)
         if progress.get("evaluated_on", evaluated_on) == evaluated_on:  # else those so far are of other images
             self.evaluations = progress["evaluations"]
         logger.info("resumed in stage %d after step %d", self.stage, self.step)

@@ -54,10 +54,12 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
     student = student_from_teacher(
         teacher,
         partition,
-        init=settings.init,
+        # the fit begins with these
+        init="middle" if settings.init == "fitted" else settings.init,
         seed=settings.seed,
         depth_conditioning=settings.depth_conditioning,
         conditioning_rank=settings.conditioning_rank,
+        branch_shifts=settings.branch_shifts,
         **overrides,
     )
     student.requires_grad_(False)

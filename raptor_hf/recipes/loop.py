@@ -147,6 +147,46 @@ class NonFiniteGuard:
         return False
 
 
+class DivergedError(RuntimeError):
+    """The loss has been above its first value for too long."""
+
+
+class RisingLossGuard:
+    """End a run whose loss rises above where it began and stays there.
+
+    Args:
+        max_in_a_row: number of consecutive steps whose loss may be above the first one's; 0 for any number.
+    """
+
+    def __init__(self, max_in_a_row: int):
+        self.max_in_a_row = max_in_a_row
+        self._first: float | None = None
+        self._in_a_row = 0
+
+    def check(self, step: int, loss: float, lr: float) -> None:
+        """Judge one step.
+
+        Args:
+            step: for the message.
+            loss: the same on all processes; one that is not finite is not judged, that is `NonFiniteGuard`'s.
+            lr: learning rate of this step, for the message.
+
+        Raises:
+            DivergedError: the last `max_in_a_row` losses were all above the first.
+        """
+        if not math.isfinite(loss):
+            return
+        if self._first is None:
+            self._first = loss
+        self._in_a_row = self._in_a_row + 1 if loss > self._first else 0
+        if self.max_in_a_row and self._in_a_row >= self.max_in_a_row:
+            raise DivergedError(
+                f"the loss is {loss:.3g} at step {step} and has been above the {self._first:.3g} that it began with "
+                f"for {self._in_a_row} steps: lower learning_rate, which is {lr:.3g} at this step, to a third for a "
+                f"start, or raise warmup_steps; max_rising_steps 0 lets the run go on"
+            )
+
+
 class IntervalLog:
     """Average the losses over intervals and print one line for each, without waiting for the device in between.
 

@@ -76,13 +76,21 @@ class DistillSettings:
         at_least=0,
         at_most=1_000_000,
     )
-    init: Literal["random", "first", "middle", "mean"] = setting(
-        "random", help="layer of its phase that a block starts from", group="student"
+    init: Literal["random", "first", "middle", "mean", "fitted"] = setting(
+        "random",
+        help="layer of its phase that a block starts from; fitted is the middle one, then fitted to the whole phase",
+        group="student",
+    )
+    fit_images: int = setting(
+        192, help="training images that a fitted start is fitted on", group="student", unit="images", above=0
     )
     depth_conditioning: Literal["none", "scale", "embedding", "low_rank"] = setting(
         "scale", help="how a block knows which step it takes", group="student"
     )
     conditioning_rank: int = setting(8, help="rank of low_rank conditioning", group="student", above=0, at_most=65_536)
+    branch_shifts: bool = setting(
+        False, help="let low_rank conditioning also shift the output of both branches", group="student"
+    )
     ffn_type: Literal["mlp", "swiglu"] | None = setting(
         None, help="kind of feed-forward network; none takes the teacher's", group="student"
     )
@@ -110,10 +118,20 @@ class DistillSettings:
         above=0,
         at_most=1_048_576,
     )
-    optimizer: OptimizerName = setting(
-        "adamw", help="muon is for parameters of two dimensions, with AdamW for all others; no FSDP", group="training"
+    augment: bool = setting(
+        False,
+        help="train on random crops of at least a quarter of the image, mirrored or not, the same for both models",
+        group="training",
     )
-    learning_rate: float = setting(3e-4, help="learning rate after the warm-up", group="training", above=0)
+    optimizer: OptimizerName = setting(
+        "adamw", help="muon is for the blocks' matrices, with AdamW for all others; no FSDP", group="training"
+    )
+    learning_rate: float = setting(
+        3e-4,
+        help="learning rate after the warm-up; that of muon is relative to each matrix, try 1e-2",
+        group="training",
+        above=0,
+    )
     final_learning_rate: float = setting(
         1e-6, help="learning rate at the end of each stage", group="training", at_least=0
     )
@@ -195,6 +213,13 @@ class DistillSettings:
     max_nonfinite_steps: int = setting(
         0,
         help="steps without finite loss and gradients that are skipped before the run stops",
+        group="run",
+        unit="steps",
+        at_least=0,
+    )
+    max_rising_steps: int = setting(
+        100,
+        help="steps in a row with a loss above the first one after which the run stops; 0 never stops it",
         group="run",
         unit="steps",
         at_least=0,

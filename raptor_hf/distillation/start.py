@@ -1,0 +1,278 @@
+"""A start from which a student already follows its teacher: blocks fitted to what the layers of their phase do.
+
+    student = student_from_teacher(teacher, (6, 4, 2), init="middle", depth_conditioning="low_rank")
+    fit_to_teacher(teacher, student, batches_of_pixel_values)
+
+Between layers there is no short cut in the weights: those of one phase are nearly orthogonal. But what a branch adds to
+the tokens is linear in the weight of its last projection, so that this weight, shared by all steps of a phase, is found
+by ridge regression, with a gain and a shift of each step where the conditioning has them; no gradient is taken. The
+first projections stay those that the student started with.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling_raptor import RaptorBlock, RaptorPreTrainedModel, StepModulation
+from ..teacher import Teacher
+from .task import LayerVariance, runs
+
+# the last projection of each branch, with what the "low_rank" conditioning changes of it
+BRANCHES = {
+    "attention": ("attention.proj", "layer_scale1", "layer_scale1_gain", "attention_shift"),
+    "ffn": ("ffn.fc2", "layer_scale2", "layer_scale2_gain", "ffn_shift"),
+}
+
+
+class NormalEquations:
+    """Sums of a linear regression with an intercept, in float64, from which it can be solved in any weighting.
+
+    Args:
+        num_features: F.
+        num_targets: D.
+        device: of the sums.
+    """
+
+    def __init__(self, num_features: int, num_targets: int, device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(num_features + 1, num_features + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(num_features + 1, num_targets, dtype=torch.float64, device=device)
+        self.square = torch.zeros(num_targets, dtype=torch.float64, device=device)
+
+    def add(self, features: Tensor, targets: Tensor) -> None:
+        """Adds rows: features, (..., F), and targets, (..., D)."""
+        features, targets = features.flatten(0, -2).float(), targets.flatten(0, -2).float()
+        features = torch.cat((features, features.new_ones(len(features), 1)), dim=1)
+        with torch.autocast(features.device.type, enabled=False):
+            self.gram += (features.T @ features).double()
+            self.cross += (features.T @ targets).double()
+        self.square += targets.square().sum(dim=0, dtype=torch.float64)
+
+    def fade(self, factor: float) -> None:
+        """Gives all rows so far less weight."""
+        for total in (self.gram, self.cross, self.square):
+            total *= factor
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Mean of the features, (F,), and of the targets, (D,)."""
+        return self.gram[-1, :-1] / self.gram[-1, -1], self.cross[-1] / self.gram[-1, -1]
+
+    def centered(self) -> tuple[Tensor, Tensor]:
+        """Gram matrix (F, F) and cross products (F, D) of the deviations from the means."""
+        count, (features, targets) = self.gram[-1, -1], self.means
+        return (
+            self.gram[:-1, :-1] - count * torch.outer(features, features),
+            self.cross[:-1] - count * torch.outer(features, targets),
+        )
+
+    def spread(self) -> float:
+        """Root of the targets' squared deviations from their mean, summed over rows and targets."""
+        count, (_, targets) = self.gram[-1, -1], self.means
+        return float((self.square - count * targets.square()).sum().clamp(min=0).sqrt())
+
+
+def solve_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """Minimises |X W - Y|^2 + ridge m |W - prior|^2, m the mean of the features' sums of squares.
+
+    Args:
+        gram: X^T X, (F, F), float64.
+        cross: X^T Y, (F, D), float64.
+        prior: what W tends to where the rows do not tell, (F, D).
+        ridge: at least 0; above 0 unless the rows determine all of W.
+
+    Returns:
+        W, (F, D), float64.
+    """
+    strength = ridge * gram.diagonal().mean()
+    regularised = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(regularised, cross + strength * prior)
+
+
+@torch.no_grad()
+def fit_to_teacher(
+    teacher: Teacher,
+    student: RaptorPreTrainedModel,
+    batches: Iterable[Tensor],
+    *,
+    rounds: int = 4,
+    ridge: float = 0.3,
+    memory: float = 0.5,
+) -> None:
+    """Fits the last projections of both branches of every block to the teacher's trajectory, in place.
+
+    Block after block: the first round is on the teacher's own states, every further one on those that the student
+    reaches with what was fitted so far, from where the targets are what is left to the teacher's next state. Earlier
+    rounds keep some weight, without which the states run away from those that were fitted. LayerScale becomes one.
+
+    Args:
+        teacher: of a family whose layers can become blocks.
+        student: of its shape, with blocks that start from its layers, as `student_from_teacher` makes it with any
+            `init` but "random". Gains by step are fitted with the conditioning "low_rank", shifts with its
+            `branch_shifts`.
+        batches: of pixel values, (B, C, H, W), on the device; a hundred photographs do. Their trajectories are kept,
+            twice.
+        rounds: after the first one.
+        ridge: strength of the pull towards the start, relative to the features' mean square.
+        memory: weight of the rows of each round in the next one, from 0 to below 1.
+
+    Raises:
+        ValueError: if there is no batch, or the teacher's layers cannot become blocks.
+    """
+    encoder, config = student.base_model.encoder, student.config
+    was_training = student.training
+    student.eval()
+    variance = LayerVariance(teacher.num_layers, teacher.hidden_size)
+    trajectories = []
+    for pixel_values in batches:
+        states = teacher.trajectory(pixel_values)
+        variance.update(states)
+        trajectories.append(states.transpose(0, 1))  # (L + 1, B, T, D), layer by layer
+    if not trajectories:
+        raise ValueError("batches is empty; it must give at least one batch of images to fit the student to")
+    weights = 1 / variance.compute()
+    middles = _between_branches(teacher, student, trajectories)
+    states = [trajectory[0].float() for trajectory in trajectories]
+    known = 0  # layers before which the student has states of its own
+    for block, layers in enumerate(config.block_layers):
+        fit = _BlockFit(encoder, block, layers, weights, ridge)
+        own = states if layers[0] == known + 1 and len(runs(layers)) == 1 else None
+        for turn in range(rounds + 1):
+            for branch in BRANCHES:
+                fit.fade(branch, memory)
+                for index, trajectory in enumerate(trajectories):
+                    start = None if own is None or turn == 0 else own[index]
+                    fit.collect(branch, trajectory, middles[index], start)
+                fit.solve(branch)
+        if own is not None:
+            states, known = [fit.advance(state) for state in states], layers[-1]
+    student.train(was_training)
+
+
+class _BlockFit:
+    """The fit of one block."""
+
+    def __init__(self, encoder: Any, block: int, layers: tuple[int, ...], weights: Tensor, ridge: float) -> None:
+        self.encoder, self.layers, self.weights, self.ridge = encoder, layers, weights, ridge
+        self.block: RaptorBlock = encoder.blocks[block]
+        self.conditioner: nn.Module = encoder.conditioners[block]
+        self.plan = tuple((block, float(layer)) for layer in layers)
+        self.starts = {run[0] for run in runs(layers)}
+        self.prior, self.sums = {}, {}
+        for branch, (name, scale_name, _, _) in BRANCHES.items():
+            projection, scale = self.block.get_submodule(name), getattr(self.block, scale_name).lambda1
+            self.prior[branch] = (projection.weight * scale[:, None]).double().T
+            projection.weight.copy_(projection.weight * scale[:, None])
+            projection.bias.copy_(projection.bias * scale)
+            scale.fill_(1.0)
+            shape = projection.in_features, projection.out_features
+            self.sums[branch] = [NormalEquations(*shape, device=projection.weight.device) for _ in layers]
+
+    def modulations(self) -> list[StepModulation]:
+        return self.encoder.modulations(self.plan)
+
+    def advance(self, state: Tensor) -> Tensor:
+        """The state after all steps of the block."""
+        for modulation in self.modulations():
+            state = self.block(state, *modulation)[0].float()
+        return state
+
+    def fade(self, branch: str, memory: float) -> None:
+        for equations in self.sums[branch]:
+            equations.fade(memory)
+
+    def collect(self, branch: str, trajectory: Tensor, middles: Tensor, start: Tensor | None) -> None:
+        """Adds a batch to the normal equations, from the student's own states, or with None from the teacher's."""
+        state = start
+        for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations(), strict=True)):
+            if start is None:
+                state = trajectory[layer - 1].float()
+            with _watched(self.block) as seen:
+                output = self.block(state, *modulation)[0].float()
+            if branch == "attention":
+                features, target = seen["attention"], middles[layer].float() - state
+            else:
+                features, target = seen["ffn"], trajectory[layer].float() - seen["middle"].float()
+            self.sums[branch][index].add(features, target)
+            state = output
+
+    def solve(self, branch: str) -> None:
+        """The projection that fits all steps best, then each step's gain and shift."""
+        name, _, gain_name, shift_name = BRANCHES[branch]
+        projection, steps = self.block.get_submodule(name), self.sums[branch]
+        gains, shifts = getattr(self.conditioner, gain_name, None), getattr(self.conditioner, shift_name, None)
+        # the middle step is the one whose layer the prior is of
+        spreads = [equations.spread() for equations in steps]
+        reference = (sum(v * v for v in spreads) / len(spreads)) ** 0.5
+        scales = [1.0 if gains is None or reference == 0 else spread / reference for spread in spreads]
+        gram = cross = 0
+        for equations, scale, layer in zip(steps, scales, self.layers, strict=True):
+            own_gram, own_cross = equations.centered() if shifts is not None else (equations.gram, equations.cross)
+            gram = gram + self.weights[layer] * scale**2 * own_gram
+            cross = cross + self.weights[layer] * scale * own_cross
+        if shifts is None:
+            weight, bias = _solve_with_intercept(gram, cross, self.prior[branch], self.ridge)
+        else:
+            weight = solve_ridge(gram, cross, self.prior[branch], self.ridge)
+            bias = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
+        projection.weight.copy_(weight.T)
+        projection.bias.copy_(bias)
+        if gains is None:
+            return
+        for index, equations in enumerate(steps):
+            own_gram, own_cross = equations.centered()
+            # of every feature, pulled towards the step's scale as the weight is towards its prior
+            fitted, needed = (weight * (own_gram @ weight)).sum(0), (weight * own_cross).sum(0)
+            pull = 0.01 * fitted.mean().clamp(min=1e-30)
+            gain = (needed + pull * scales[index]) / (fitted + pull)
+            if shifts is None:
+                gain = torch.full_like(gain, scales[index])
+            else:
+                features, targets = equations.means
+                shifts[index] = targets - gain * (features @ weight)
+            gains[index] = gain - 1
+
+
+def _solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """W, (F, D), and b, (D,), from sums whose last feature is one, that one left free."""
+    count = gram[-1, -1]
+    features, targets = gram[-1, :-1] / count, cross[-1] / count
+    gram = gram[:-1, :-1] - count * torch.outer(features, features)
+    weight = solve_ridge(gram, cross[:-1] - count * torch.outer(features, targets), prior, ridge)
+    return weight, targets - features @ weight
+
+
+def _between_branches(teacher: Teacher, student: RaptorPreTrainedModel, trajectories: list[Tensor]) -> list[Tensor]:
+    """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); those of 0 are not defined."""
+    block = RaptorBlock(student.config).to(student.device).eval()
+    middles = [torch.empty_like(trajectory) for trajectory in trajectories]
+    for layer in range(1, teacher.num_layers + 1):
+        *before, last = teacher.span(layer)
+        states = [trajectory[layer - 1].float() for trajectory in trajectories]
+        for original in before:
+            block.load_state_dict(teacher.block_state_dict(original))
+            states = [block(state)[0] for state in states]
+        block.load_state_dict(teacher.block_state_dict(last))
+        for middle, state in zip(middles, states, strict=True):
+            with _watched(block) as seen:
+                block(state)
+            middle[layer] = seen["middle"]
+    return middles
+
+
+@contextmanager
+def _watched(block: RaptorBlock) -> Iterator[dict[str, Tensor]]:
+    """What the last projections of a block's branches read, and the tokens between the branches, under "middle"."""
+    seen: dict[str, Tensor] = {}
+    places = {branch: block.get_submodule(name) for branch, (name, *_) in BRANCHES.items()} | {"middle": block.norm2}
+    handles = [
+        module.register_forward_pre_hook(lambda module, inputs, name=name: seen.__setitem__(name, inputs[0]))
+        for name, module in places.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
