@@ -124,10 +124,16 @@ class TeacherName(Record):
     Args:
         name: a folder, or the name on the Hub.
         revision: commit on the Hub.
+        fingerprint: of its weights.
     """
 
     name: str
     revision: str | None = None
+    fingerprint: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        return {name: value for name, value in values.items() if value is not None or name != "fingerprint"}
 
 
 @dataclass(kw_only=True)
@@ -190,6 +196,7 @@ class RunMetrics(Record):
     Args:
         version: of the schema.
         run_id: of the run, the same in every file that names one.
+        fingerprints: of what the weights depend on, by name.
         unreadable_images: name -> reason; their number where the file is published.
         images_per_second: of the training.
         device: where it ran, in words.
@@ -200,12 +207,18 @@ class RunMetrics(Record):
 
     version: int = VERSION
     run_id: str | None = None
+    fingerprints: dict[str, str] = field(default_factory=dict)
     seed: int | None = None
     unreadable_images: dict[str, str] | int = field(default_factory=dict)
     evaluations: list[Evaluation] = field(default_factory=list)
     images_per_second: float | None = None
     device: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        # a run that has none of these does not name them
+        optional = {"fingerprints", "fidelity_by_size", "probes", "quick_checks", "parameters", "macs", "seconds"}
+        return {name: value for name, value in super().to_dict().items() if value != {} or name not in optional}
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -264,15 +277,6 @@ class StudentMetrics(RunMetrics):
     seconds: dict[str, float] = field(default_factory=dict)
     probes: dict[str, ProbeRecord] = field(default_factory=dict)
     quick_checks: dict[str, dict[str, float | None]] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        values = super().to_dict()
-        # of a run that has none of these
-        return {
-            name: value
-            for name, value in values.items()
-            if value or name not in ("fidelity_by_size", "probes", "quick_checks", "parameters", "macs", "seconds")
-        }
 
 
 @dataclass(kw_only=True)

@@ -401,7 +401,6 @@ def test_aliases_that_multiply_are_one_line(run_publish, tmp_path):
         ({}, {"block_repeats": [2, 2, 2]}, "of the layers per block"),
         ({"seed": 4}, {}, "of the seed"),
         ({"teacher": {"name": "other/vit"}}, {}, "of the teacher"),
-        ({"run_id": "a"}, {"run_id": "b"}, "of the run"),
         ({"backbone": "0" * 64}, {}, "of the backbone's weights"),
     ],
 )
@@ -409,6 +408,16 @@ def test_files_of_different_runs_are_refused(numbers, settings, said, hub, run_p
     folder = save_run_folder(tmp_path / "run", heads=False, probes={}, settings=settings, **numbers)
     status, printed = run_publish(folder)
     assert status == 2 and "different runs" in printed and said in printed and hub.repos == {}
+
+
+def test_files_of_different_run_ids_are_refused(hub, run_publish, tmp_path):
+    folder = save_run_folder(tmp_path / "run", heads=False, probes={}, run_id="a")
+    settings = (folder / "resolved.yaml").read_text()
+    (folder / "resolved.yaml").write_text("# run_id: b\n" + settings)
+    status, printed = run_publish(folder)
+    assert status == 2 and "of the run, metrics.json says a and resolved.yaml says b" in printed and hub.repos == {}
+    (folder / "resolved.yaml").write_text("# run_id: a\n" + settings)
+    assert run_publish(folder)[0] == 0
 
 
 def test_heads_of_another_backbone_are_refused(hub, run_publish, tmp_path):
