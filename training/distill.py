@@ -309,6 +309,7 @@ class Run:
         self.evaluated_on: dict[str, Any] = {}
         self.failures: dict[str, str] = {}
         self.pending_log: dict[str, Any] | None = None
+        self.first_loss: float | None = None
 
     @property
     def student(self) -> nn.Module:
@@ -326,7 +327,7 @@ class Run:
         """One stage, from where the run is."""
         settings, accelerator, num_steps = self.settings, self.accelerator, self.num_steps(stage)
         if self.stage < stage:  # a fresh optimizer for the second stage
-            self.stage, self.step, self.pending_log = stage, 0, None
+            self.stage, self.step, self.pending_log, self.first_loss = stage, 0, None, None
             self.optimizer.state.clear()
         self.log = IntervalLog(
             accelerator, num_steps=num_steps, images_per_step=settings.batch_size, log_every=settings.log_every
@@ -334,7 +335,8 @@ class Run:
         if self.pending_log:
             self.log.load_state_dict(self.pending_log)
         self.histories[stage] = self.log.history
-        guard, rising = NonFiniteGuard(settings.max_nonfinite_steps), RisingLossGuard(settings.max_rising_steps)
+        guard = NonFiniteGuard(settings.max_nonfinite_steps)
+        rising = RisingLossGuard(settings.max_rising_steps, self.first_loss)
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0
         batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)
@@ -358,6 +360,7 @@ class Run:
             self.step = step + 1
             if self.forcing(step) == self.forcing(num_steps - 1):  # until then stage 1 has another loss at every step
                 rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
+                self.first_loss = rising.first
             if record := self.log.update(step + 1, losses, lr=lr):
                 accelerator.log(record, step=offset + step + 1)
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < num_steps:
@@ -436,6 +439,7 @@ class Run:
             "evaluated_on": self.evaluated_on,
             "failures": self.session.gather_failures(self.failures),
             "fit_seconds": self.fit_seconds,
+            "first_loss": self.first_loss,
             "blocks": [list(layers) for layers in self.student.config.block_layers],
         }
         self.session.save(offset + self.step, self.task, self.optimizer, progress, trainable_only=True)
@@ -458,6 +462,7 @@ class Run:
         self.fit_seconds = progress.get("fit_seconds", 0.0)
         if progress.get("evaluated_on", evaluated_on) == evaluated_on:  # else those so far are of other images
             self.evaluations = progress["evaluations"]
+        self.first_loss = progress.get("first_loss")
         logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
     def evaluate(self) -> dict[str, Any]:

@@ -219,6 +219,7 @@ class _BlockFit:
             bias = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
         projection.weight.copy_(weight.T)
         projection.bias.copy_(bias)
+        torch.clear_autocast_cache()  # which has a half-precision copy of the weight before
         if gains is None:
             return
         for index, equations in enumerate(steps):
@@ -246,7 +247,8 @@ def _solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: flo
 
 def _between_branches(teacher: Teacher, student: RaptorPreTrainedModel, trajectories: list[Tensor]) -> list[Tensor]:
     """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); those of 0 are not defined."""
-    block = RaptorBlock(student.config).to(student.device).eval()
+    # without gradients, or autocast would go on with the half-precision copy of the first layer's weights
+    block = RaptorBlock(student.config).to(student.device).eval().requires_grad_(False)
     middles = [torch.empty_like(trajectory) for trajectory in trajectories]
     for layer in range(1, teacher.num_layers + 1):
         *before, last = teacher.span(layer)

@@ -156,11 +156,14 @@ class RisingLossGuard:
 
     Args:
         max_in_a_row: number of consecutive steps whose loss may be above the first one's; 0 for any number.
+        first: of a run that goes on, the loss that it began with.
+
+    Attributes:
+        first: the loss that the run began with, None before its first step.
     """
 
-    def __init__(self, max_in_a_row: int):
-        self.max_in_a_row = max_in_a_row
-        self._first: float | None = None
+    def __init__(self, max_in_a_row: int, first: float | None = None):
+        self.max_in_a_row, self.first = max_in_a_row, first
         self._in_a_row = 0
 
     def check(self, step: int, loss: float, lr: float) -> None:
@@ -176,12 +179,12 @@ class RisingLossGuard:
         """
         if not math.isfinite(loss):
             return
-        if self._first is None:
-            self._first = loss
-        self._in_a_row = self._in_a_row + 1 if loss > self._first else 0
+        if self.first is None:
+            self.first = loss
+        self._in_a_row = self._in_a_row + 1 if loss > self.first else 0
         if self.max_in_a_row and self._in_a_row >= self.max_in_a_row:
             raise DivergedError(
-                f"the loss is {loss:.3g} at step {step} and has been above the {self._first:.3g} that it began with "
+                f"the loss is {loss:.3g} at step {step} and has been above the {self.first:.3g} that it began with "
                 f"for {self._in_a_row} steps: lower learning_rate, which is {lr:.3g} at this step, to a third for a "
                 f"start, or raise warmup_steps; max_rising_steps 0 lets the run go on"
             )

@@ -18,9 +18,11 @@ from tqdm import tqdm
 from raptor_hf.recipes import loop
 from raptor_hf.recipes.files import write_json
 from raptor_hf.recipes.loop import (
+    DivergedError,
     IntervalLog,
     NonFiniteError,
     NonFiniteGuard,
+    RisingLossGuard,
     cosine_schedule,
     describe_environment,
     peak_memory_bytes,
@@ -92,6 +94,20 @@ def test_guard_counts_bad_steps_in_a_row_only():
 def test_guard_names_only_some_images_of_a_large_batch():
     with pytest.raises(NonFiniteError, match="images 0, 1, 2, 3, 4, 5, 6, 7 and 92 more"):
         NonFiniteGuard().check(1, False, range(100))
+
+
+def test_a_loss_that_stays_above_its_start_ends_the_run_and_says_what_to_change():
+    guard = RisingLossGuard(max_in_a_row=3)
+    for step, loss in enumerate([2.0, 2.1, 2.2, 1.9, 2.5, math.nan, 2.0, 5.0, 6.0], start=1):
+        guard.check(step, loss, lr=0.01)  # never three in a row above 2
+    with pytest.raises(DivergedError, match=r"19.8 at step 10 .* above the 2 .* 3 steps: lower learning_rate.* 0.01"):
+        guard.check(10, 19.8, lr=0.01)
+
+
+def test_a_guard_of_zero_steps_lets_every_loss_rise():
+    guard = RisingLossGuard(max_in_a_row=0)
+    for step in range(1000):
+        guard.check(step, float(step), lr=0.01)
 
 
 def test_log_line_says_loss_rate_speed_and_time_left(clock, capsys):

@@ -1,28 +1,37 @@
 """Muon beside AdamW: each parameter goes as under the optimizer that it belongs to, also after saving and loading."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from raptor_hf.recipes.optimizers import MuonWithAdamW, check_optimizer, make_optimizer
+from raptor_hf import RaptorModel
+from raptor_hf.recipes.optimizers import ADAMW_SHARE, MuonWithAdamW, check_optimizer, make_optimizer
+from tests.support.tiny_models import randomize
+from tests.support.tiny_raptors import tiny_config
 
 pytestmark = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 brings Muon")
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4))
-    model.register_parameter("table", nn.Parameter(torch.randn(2, 3, 4)))
-    return model
+def network() -> RaptorModel:
+    """A student of 2 blocks, conditioned by tables and factors, all of it random."""
+    return randomize(RaptorModel(tiny_config(block_repeats=(2, 1), depth_conditioning="low_rank", branch_shifts=True)))
+
+
+def split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The matrices that Muon takes, named one by one, and all other parameters."""
+    names = ("attention.qkv.weight", "attention.proj.weight", "ffn.fc1.weight", "ffn.fc2.weight")
+    wanted = {f"encoder.blocks.{block}.{name}" for block in (0, 1) for name in names}
+    named = dict(model.named_parameters())
+    return [named[name] for name in sorted(wanted)], [value for name, value in named.items() if name not in wanted]
 
 
 def train(model: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int = 4, seed: int = 1) -> None:
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        loss = model(torch.randn(5, 6, generator=generator)).square().mean() + model.table.square().sum()
-        loss.backward()
+        model(torch.randn(2, 3, 16, 16, generator=generator)).last_hidden_state.square().mean().backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (1 + step)
@@ -34,29 +43,59 @@ def same(first: nn.Module, second: nn.Module) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_matrices_go_as_under_muon_and_all_others_as_under_adamw():
+def test_each_step_of_a_matrix_is_the_learning_rate_times_its_size():
+    # of any shape and size: Muon's own steps differ from an orthogonal one's by what its five iterations leave
+    for shape, size in (((8, 8), 1.0), ((32, 8), 0.1), ((8, 96), 0.01)):
+        matrix = nn.Parameter(size * torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+        before, rms = matrix.detach().clone(), float(matrix.detach().square().mean().sqrt())
+        optimizer = MuonWithAdamW([matrix], [], learning_rate=0.1, weight_decay=0.0)
+        for _ in range(2):  # the second step is measured by the size at the start, too
+            matrix.grad = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+            optimizer.step()
+            step = float((matrix.detach() - before).square().mean().sqrt())
+            assert step == pytest.approx(0.1 * rms, rel=0.3)
+            before = matrix.detach().clone()
+
+
+def test_a_matrix_of_zeros_leaves_zero():
+    matrix = nn.Parameter(torch.zeros(6, 12))
+    matrix.grad = torch.randn(6, 12, generator=torch.Generator().manual_seed(3))
+    MuonWithAdamW([matrix], [], learning_rate=0.1, weight_decay=0.0).step()
+    assert float(matrix.detach().square().mean().sqrt()) == pytest.approx(0.1 / 6, rel=0.3)
+
+
+def test_the_blocks_matrices_go_as_under_muon_and_all_others_as_under_adamw():
     ours, theirs = network(), network()
-    parameters = list(theirs.parameters())
-    apart = [
-        torch.optim.Muon(
-            [p for p in parameters if p.ndim == 2], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW([p for p in parameters if p.ndim != 2], lr=0.01, weight_decay=0.1),
+    matrices, others = split(theirs)
+    rates = [float(matrix.detach().square().mean().sqrt()) / 0.2 for matrix in matrices]
+    muons = [
+        torch.optim.Muon([matrix], lr=1.0, weight_decay=0.1 / rate, adjust_lr_fn="match_rms_adamw")
+        for matrix, rate in zip(matrices, rates, strict=True)
     ]
-    train(ours, [make_optimizer("muon", ours.parameters(), learning_rate=0.01, weight_decay=0.1)])
-    train(theirs, apart)
-    assert same(ours, theirs) and not same(ours, network())
+    adamw = torch.optim.AdamW(others, lr=1.0, weight_decay=0.1)
+    for optimizer, rate in zip([*muons, adamw], [*rates, ADAMW_SHARE], strict=True):
+        optimizer.step = partial(_at_rate, optimizer, optimizer.step, rate)
+    train(ours, [make_optimizer("muon", ours, learning_rate=0.01, weight_decay=0.1)])
+    train(theirs, [*muons, adamw])
+    torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), atol=1e-6, rtol=1e-5)
+    assert not same(ours, network())
+
+
+def _at_rate(optimizer: torch.optim.Optimizer, step, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= rate
+    step()
 
 
 def test_a_loaded_state_goes_on_to_the_same_bits():
     whole, part = network(), network()
-    train(whole, [make_optimizer("muon", whole.parameters(), learning_rate=0.01, weight_decay=0.1)], steps=3)
-    first = make_optimizer("muon", part.parameters(), learning_rate=0.01, weight_decay=0.1)
+    train(whole, [make_optimizer("muon", whole, learning_rate=0.01, weight_decay=0.1)], steps=3)
+    first = make_optimizer("muon", part, learning_rate=0.01, weight_decay=0.1)
     train(part, [first], steps=3)
-    second = make_optimizer("muon", part.parameters(), learning_rate=9.0, weight_decay=0.9)
+    second = make_optimizer("muon", part, learning_rate=9.0, weight_decay=0.9)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     continued = copy.deepcopy(part)
-    third = make_optimizer("muon", continued.parameters(), learning_rate=0.01, weight_decay=0.1)
+    third = make_optimizer("muon", continued, learning_rate=0.01, weight_decay=0.1)
     third.load_state_dict(copy.deepcopy(first.state_dict()))
     train(part, [second], steps=2, seed=7)
     train(continued, [third], steps=2, seed=7)
@@ -66,23 +105,23 @@ def test_a_loaded_state_goes_on_to_the_same_bits():
 
 def test_clearing_the_state_begins_afresh():
     cleared, fresh = network(), network()
-    optimizer = make_optimizer("muon", cleared.parameters(), learning_rate=0.01, weight_decay=0.0)
+    optimizer = make_optimizer("muon", cleared, learning_rate=0.01, weight_decay=0.0)
     train(cleared, [optimizer])
     optimizer.state.clear()
     fresh.load_state_dict(cleared.state_dict())
     train(cleared, [optimizer], seed=2)
-    train(fresh, [make_optimizer("muon", fresh.parameters(), learning_rate=0.01, weight_decay=0.0)], seed=2)
+    train(fresh, [make_optimizer("muon", fresh, learning_rate=0.01, weight_decay=0.0)], seed=2)
     assert same(cleared, fresh)
 
 
 def test_unknown_names_and_models_without_matrices_are_refused():
     with pytest.raises(ValueError, match="'sgd'; it must be one of adamw, muon"):
-        make_optimizer("sgd", network().parameters(), learning_rate=0.1, weight_decay=0.0)
+        make_optimizer("sgd", network(), learning_rate=0.1, weight_decay=0.0)
     with pytest.raises(ValueError, match="with FSDP take 'adamw'"):
         check_optimizer("muon", sharded=True)
     with pytest.raises(ValueError, match="no matrix"):
-        make_optimizer("muon", nn.LayerNorm(3).parameters(), learning_rate=0.1, weight_decay=0.0)
-    optimizer = MuonWithAdamW(network().parameters(), learning_rate=0.1, weight_decay=0.0)
+        make_optimizer("muon", nn.Linear(3, 3), learning_rate=0.1, weight_decay=0.0)
+    optimizer = MuonWithAdamW(*split(network()), learning_rate=0.1, weight_decay=0.0)
     with pytest.raises(ValueError, match="all its parameters at once"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2))]})
 

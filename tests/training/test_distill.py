@@ -41,7 +41,7 @@ from raptor_hf.distillation.student import choose_partition, make_student
 from raptor_hf.distillation.task import DistillationTask
 from raptor_hf.modeling_raptor import RaptorBlock
 from raptor_hf.phases import Partition
-from raptor_hf.recipes.loop import NonFiniteError
+from raptor_hf.recipes.loop import DivergedError, NonFiniteError
 from raptor_hf.recipes.settings import parse_settings
 from raptor_hf.teacher import Teacher, load_teacher, macs
 from tests.support.tiny_models import hidden_states, tiny_dinov2
@@ -291,8 +291,10 @@ def test_macs_are_of_the_images_that_the_processor_gives(run, tmp_path):
     [
         {"input_noise": 0.1, "eval_every": 5, "horizon": 3},
         {"streaming": True, "train_split": "train", "test_split": "test", "eval_images": 20, "optimizer": "muon"},
+        {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16}
+        | {"depth_conditioning": "low_rank", "branch_shifts": True},
     ],
-    ids=["random access", "stream, Muon"],
+    ids=["random access", "stream, Muon", "augmented, fitted, Muon"],
 )
 def test_run_interrupted_again_and_again_ends_in_the_same_bits(run, monkeypatch, changes):
     whole = run("whole", **changes)
@@ -471,6 +473,24 @@ def test_stage2_goes_on_in_the_data_with_a_fresh_optimizer(run, batches):
     for step, count in ((10, 4), (12, 6)):
         counts = [tensor.item() for name, tensor in checkpoint(folder, step).items() if name.endswith(".step")]
         assert set(counts) == {count}
+
+
+def test_augmentation_is_drawn_by_the_seed_and_leaves_phases_and_tests_alone(run, batches):
+    plain = run("plain", stage1_steps=0)
+    taken = [images for images, _ in batches]
+    batches.clear()
+    first, again = run("first", stage1_steps=0, augment=True), run("again", stage1_steps=0, augment=True)
+    drawn = [images for images, _ in batches]
+    assert all(torch.equal(*pair) for pair in zip(drawn[:6], drawn[6:], strict=True))
+    assert not any(torch.equal(*pair) for pair in zip(drawn[:6], taken, strict=True))
+    assert same(weights(first), weights(again)) and not same(weights(first), weights(plain))
+    phases = [(folder / "phases.json").read_text() for folder in (plain, first)]
+    assert phases[0] == phases[1]
+
+
+def test_a_run_whose_loss_stays_above_its_start_stops(run):
+    with pytest.raises(DivergedError, match="has been above .* for 4 steps: lower learning_rate"):
+        run(learning_rate=30.0, init="middle", stage1_steps=0, stage2_steps=30, max_rising_steps=4)
 
 
 def test_teacher_forcing_is_annealed_by_default_or_all_or_nothing(run, batches):
