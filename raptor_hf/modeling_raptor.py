@@ -168,29 +168,23 @@ class NoConditioner(nn.Module):
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__()
 
-    def forward(self, depths: tuple[float, ...]) -> list[StepModulation]:
+    def forward(self, depths: tuple[float, ...], device: torch.device | None = None) -> list[StepModulation]:
         return [StepModulation()] * len(depths)
 
 
-class GainLayer(nn.Module):
-    """One linear layer of the `"scale"` MLP.
+class ScaleLinear(nn.Linear):
+    """A layer of the `"scale"` MLP: a handful of numbers on which every token depends.
 
-    It is no `nn.Linear`, so that adapters and quantisers, which take all of those, leave it as it is: a handful of
-    numbers that every token depends on.
+    A class of its own, so that quantisers, which replace what is exactly an `nn.Linear`, leave it as it is.
     """
 
     def __init__(self, in_features: int, out_features: int, init_std: float | None) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         self.init_std = init_std
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
 
-    def forward(self, values: torch.Tensor | tuple[float, ...]) -> torch.Tensor:
-        """Values (S, in_features), or S depth indices, to (S, out_features)."""
-        if isinstance(values, tuple):
-            # made here, where the weight is at hand: offloaded weights are elsewhere outside of their module's call
-            values = torch.tensor(values, dtype=self.weight.dtype, device=self.weight.device)[:, None]
-        return nn.functional.linear(values, self.weight, self.bias)
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        # here the weight is at hand; outside of its own module's call, an offloaded one is elsewhere
+        return nn.functional.linear(values.to(self.weight), self.weight, self.bias)
 
 
 class ScaleConditioner(nn.Module):
@@ -200,12 +194,13 @@ class ScaleConditioner(nn.Module):
 
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__()
-        self.fc1 = GainLayer(1, self.hidden_size, init_std=None)
+        self.fc1 = ScaleLinear(1, self.hidden_size, init_std=None)
         # near zero, so that the gains start near one
-        self.fc2 = GainLayer(self.hidden_size, 3 * config.hidden_size, init_std=1e-4)
+        self.fc2 = ScaleLinear(self.hidden_size, 3 * config.hidden_size, init_std=1e-4)
 
-    def forward(self, depths: tuple[float, ...]) -> list[StepModulation]:
-        gains = self.fc2(nn.functional.silu(self.fc1(depths))) + 1
+    def forward(self, depths: tuple[float, ...], device: torch.device | None = None) -> list[StepModulation]:
+        depth = torch.tensor(depths, device=device)[:, None]
+        gains = self.fc2(nn.functional.silu(self.fc1(depth))) + 1
         # not views of one tensor, which a nested compile region does not take
         attention, ffn, output = (part.clone() for part in gains.chunk(3, dim=1))
         return [
@@ -224,7 +219,7 @@ class TableConditioner(nn.Module):
         super().__init__()
         self.layers = config.block_layers[block]
 
-    def forward(self, depths: tuple[float, ...]) -> list[StepModulation]:
+    def forward(self, depths: tuple[float, ...], device: torch.device | None = None) -> list[StepModulation]:
         entries = self.entries()
         return [self.modulation(entries, depth) for depth in depths]
 
@@ -652,11 +647,11 @@ class RaptorPreTrainedModel(PreTrainedModel):
         elif start == "head":
             init.trunc_normal_(module.weight, std=std)
             init.zeros_(module.bias)
-        elif isinstance(module, GainLayer) and module.init_std is not None:
+        elif isinstance(module, ScaleLinear) and module.init_std is not None:
             init.normal_(module.weight, std=module.init_std)
             init.normal_(module.bias, std=module.init_std)
-        elif isinstance(module, (nn.Linear, GainLayer)):
-            bound = module.weight.shape[1] ** -0.5
+        elif isinstance(module, nn.Linear):
+            bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
             if start == "proj":
                 init.zeros_(module.bias)
@@ -716,19 +711,23 @@ class RaptorEncoder(RaptorPreTrainedModel):
         self.plan = config.step_plan()
         self.post_init()
 
-    def modulations(self, plan: tuple[tuple[int, float], ...]) -> list[StepModulation]:
+    def modulations(
+        self, plan: tuple[tuple[int, float], ...], device: torch.device | None = None
+    ) -> list[StepModulation]:
         """
         The modulation of every step of a plan.
 
         Args:
             plan (`tuple[tuple[int, float], ...]`):
                 (block, depth index) of every step, as `RaptorConfig.step_plan` gives it.
+            device (`torch.device`, *optional*):
+                Where the tokens are. Needed only where weights are elsewhere between the calls of their modules.
         """
         modulations: list[StepModulation] = [StepModulation()] * len(plan)
         for block, conditioner in enumerate(self.conditioners):
             steps = [step for step, (owner, _) in enumerate(plan) if owner == block]
             depths = tuple(plan[step][1] for step in steps)
-            for step, modulation in zip(steps, conditioner(depths) if steps else (), strict=True):
+            for step, modulation in zip(steps, conditioner(depths, device) if steps else (), strict=True):
                 modulations[step] = modulation
         return modulations
 
@@ -778,7 +777,8 @@ class RaptorEncoder(RaptorPreTrainedModel):
         if self.training and torch.is_grad_enabled() and self.blocks[0].gradient_checkpointing:
             # reentrant checkpointing gives a block no gradients if its input needs none, as after frozen embeddings
             hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
-        for step, ((block, _), modulation) in enumerate(zip(plan, self.modulations(plan), strict=True), start=1):
+        modulations = self.modulations(plan, hidden_states.device)
+        for step, ((block, _), modulation) in enumerate(zip(plan, modulations, strict=True), start=1):
             hidden_states, _ = self.blocks[block](hidden_states, *modulation, step=step, **kwargs)
         return BaseModelOutput(last_hidden_state=hidden_states)
 

@@ -107,6 +107,23 @@ def test_other_batches_need_no_new_graph():
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("mode", ["training", "inference"])
+def test_blocks_compiled_alone_have_one_graph_for_all_steps(mode):
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+
+    model = tiny_model(RaptorModel, depth_conditioning="low_rank", block_repeats=(4, 2)).train(mode == "training")
+    with torch.set_grad_enabled(mode == "training"):
+        expected = model(tiny_images()).last_hidden_state
+        for block in model.encoder.blocks:
+            block.compile(backend=counting)
+        torch.testing.assert_close(model(tiny_images()).last_hidden_state, expected)
+    assert len(graphs) == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model_class, fields", cases())
 def test_other_image_sizes_equal_eager(model_class, fields):
@@ -117,20 +134,38 @@ def test_other_image_sizes_equal_eager(model_class, fields):
         assert_close(outputs_of(compiled, images), outputs_of(model, images))
 
 
-def dynamic_batch() -> dict[str, dict]:
-    return {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64)}}
+def open_shapes() -> dict[str, dict]:
+    """Any batch, and any height and width of at least two patches of 4 pixels."""
+    rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
+    return {"pixel_values": {0: torch.export.Dim("batch", min=1, max=64), 2: 4 * rows, 3: 4 * columns}}
+
+
+SHAPES = [(1, 16, 16), (2, 16, 16), (5, 12, 20), (1, 8, 36), (3, 32, 28)]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (12, 20)], ids=["own size", "other size"])
 @pytest.mark.parametrize("model_class, fields", cases((HEADS[2], "scale"), (RaptorBackbone, "low_rank")))
-def test_exported_program_takes_any_batch(model_class, fields, size):
+def test_exported_program_takes_any_batch_and_size(model_class, fields, size):
     model = tiny_model(model_class, **fields)
     inputs = {"pixel_values": tiny_images(2, *size)}
     with torch.no_grad():
-        program = torch.export.export(model, (), inputs, dynamic_shapes=dynamic_batch(), strict=False)
-    for batch in (1, 2, 5):
-        images = tiny_images(batch, *size)
-        assert_close(program.module()(pixel_values=images).to_tuple(), outputs_of(model, images), 1e-4)
+        program = torch.export.export(model, (), inputs, dynamic_shapes=open_shapes(), strict=False).module()
+        for shape in SHAPES:
+            images = tiny_images(*shape)
+            assert_close(program(pixel_values=images).to_tuple(), outputs_of(model, images), 1e-4)
+
+
+@pytest.mark.parametrize("family", ["dinov2_with_registers", "dinov2"])
+def test_exported_positions_are_exact_at_the_trained_size(family):
+    fields = {"embedding_type": family, "num_register_tokens": 2 if family == "dinov2_with_registers" else 0}
+    embeddings = tiny_model(RaptorModel, **fields).embeddings
+    shapes = {"pixel_values": open_shapes()["pixel_values"]}
+    with torch.no_grad():
+        inputs = {"pixel_values": tiny_images(2, 12, 20)}
+        program = torch.export.export(embeddings, (), inputs, dynamic_shapes=shapes, strict=False).module()
+        for batch, height, width in SHAPES:
+            images = tiny_images(batch, height, width)
+            assert torch.equal(program(pixel_values=images), embeddings(images)), (height, width)
 
 
 @pytest.mark.slow
@@ -141,9 +176,9 @@ def test_onnx_equals_eager(model_class, fields, tmp_path: Path):
     model = tiny_model(model_class, **fields)
     path = tmp_path / "model.onnx"
     inputs = {"pixel_values": tiny_images(2)}
-    torch.onnx.export(model, kwargs=inputs, f=path, dynamo=True, dynamic_shapes=dynamic_batch(), verbose=False)
+    torch.onnx.export(model, kwargs=inputs, f=path, dynamo=True, dynamic_shapes=open_shapes(), verbose=False)
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for batch in (1, 2, 5):
-        expected = torch.utils._pytree.tree_leaves(outputs_of(model, tiny_images(batch)))
-        outputs = session.run(None, {"pixel_values": tiny_images(batch).numpy()})
+    for shape in SHAPES:
+        expected = torch.utils._pytree.tree_leaves(outputs_of(model, tiny_images(*shape)))
+        outputs = session.run(None, {"pixel_values": tiny_images(*shape).numpy()})
         assert_close(tuple(map(torch.from_numpy, outputs)), tuple(expected), 1e-4)
