@@ -91,8 +91,11 @@ def test_signals_reach_the_recipe_and_its_status_comes_back_without_a_traceback(
 def wheel_environment(tmp_path_factory):
     """A fresh virtual environment with the wheel, and the dependencies of this one."""
     folder = tmp_path_factory.mktemp("wheel")
-    left_out = shutil.ignore_patterns(".git", "build", "*.egg-info", "__pycache__", "runs", "data", "tests", "results")
-    shutil.copytree(ROOT, folder / "source", ignore=left_out)
+    for name in ("raptor_hf", "training", "model_cards"):
+        left_out = shutil.ignore_patterns("__pycache__", "results")
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=left_out)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source")
     pip, offline = [sys.executable, "-m", "pip"], ["-q", "--no-deps", "--no-index"]
     build = ["wheel", *offline, "--no-build-isolation", "-w", str(folder), str(folder / "source")]
     subprocess.run([*pip, *build], check=True)
