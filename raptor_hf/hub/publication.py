@@ -30,6 +30,7 @@ from ..configuration_raptor import AUTO_MAP, RaptorConfig
 from ..modeling_raptor import RaptorModel, RaptorPreTrainedModel
 from ..recipes.files import RESOLVED_FILE, write_text_atomically
 from ..recipes.run_metrics import StudentMetrics, TeacherName, check_object, read_json
+from ..recipes.settings import read_run_id
 from .heads import HEAD_FIELDS, backbone_fingerprint, list_heads, read_variants, sort_labels, stale_heads
 from .privacy import PRIVATE_KEYS, PrivateData, check_private, code_files
 from .student_card import make_card
@@ -244,7 +245,7 @@ def check_one_run(folder: str | Path) -> None:
         "the run": {
             "metrics.json": metrics.run_id,
             "phases.json": phases.get("run_id"),
-            RESOLVED_FILE: settings.get("run_id"),
+            RESOLVED_FILE: read_run_id(folder),
             "config.json": getattr(config, "run_id", None),
         },
         "the backbone's weights": {
