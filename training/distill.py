@@ -28,15 +28,15 @@ from accelerate.utils import DistributedType, broadcast, set_seed
 from torch import Tensor, nn
 
 from raptor_hf import figures
-from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
-from raptor_hf.data.labels import ClassMatch, match_classes
+from raptor_hf.data.images import ImageSet, check_image_size
+from raptor_hf.data.labels import ClassMatch
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
-from raptor_hf.data.sources import open_splits
 from raptor_hf.data.transforms import CropFlip
 from raptor_hf.distillation.evaluation import evaluate_student, print_table
+from raptor_hf.distillation.inputs import class_match, disk_space, open_inputs
 from raptor_hf.distillation.partition import describe_choice, find_partition, read_partition
 from raptor_hf.distillation.start import fit_to_teacher
-from raptor_hf.distillation.student import block_parameters, make_student, trial_partition
+from raptor_hf.distillation.student import block_parameters, make_student
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, teacher_forcing
 from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
@@ -59,7 +59,7 @@ from raptor_hf.recipes.optimizers import check_optimizer, make_optimizer
 from raptor_hf.recipes.run_metrics import StudentMetrics
 from raptor_hf.recipes.session import Session, holds_backbone, run_program, save_model, whole_weights
 from raptor_hf.recipes.settings import user_errors
-from raptor_hf.teacher import Teacher, count_parameters, load_teacher, macs
+from raptor_hf.teacher import Teacher, count_parameters, macs
 
 logger = logging.getLogger("distill")
 
@@ -84,8 +84,7 @@ def main() -> None:
         if metrics := session.read_result(needs="model*.safetensors", evaluated_on=evaluated_on):
             if accelerator.is_main_process:
                 print_table(metrics)
-                print(f"this run is finished; {folder} stays as it is")
-            session.close()
+            session.close("this run is finished; its folder stays as it is")
             return
         loader = functools.partial(
             train_loader,
@@ -157,77 +156,7 @@ def main() -> None:
         metrics |= describe_run(run, partition, seconds) | {"evaluated_on": evaluated_on}
         save_outputs(run, partition, metrics)
         print_table(metrics)
-        print(f"saved to {session.folder}: the model, its card README.md, metrics.json and figures/")
-    session.close()
-
-
-def open_inputs(settings: DistillSettings, accelerator: Accelerator) -> tuple[Teacher, Any, ImageSet, ImageSet]:
-    """Everything that can be wrong with teacher and images, before any work starts."""
-    dtype = getattr(torch, settings.teacher_dtype)
-    teacher = load_teacher(
-        settings.teacher,
-        revision=settings.teacher_revision,
-        dtype=dtype,
-        device=accelerator.device,
-        layers=settings.target_layers,
-    )
-    layers = teacher.num_layers
-    if settings.num_blocks is not None and not 1 <= settings.num_blocks <= layers:
-        raise ValueError(f"num_blocks is {settings.num_blocks}; it must be between 1 and the teacher's {layers} layers")
-    if settings.block_repeats is not None and sum(settings.block_repeats) != layers:
-        raise ValueError(
-            f"block_repeats is {settings.block_repeats}, which sums to {sum(settings.block_repeats)}; "
-            f"it must sum to the teacher's {layers} layers"
-            + (f", target_layers {settings.target_layers}" if settings.target_layers else "")
-        )
-    num_blocks = settings.num_blocks or len(settings.block_repeats)
-    if settings.train_block is not None and not 0 <= settings.train_block < num_blocks:
-        raise ValueError(f"train_block is {settings.train_block}; it must be between 0 and {num_blocks - 1}")
-    share = accelerator.num_processes * settings.gradient_accumulation_steps
-    if settings.batch_size % share:
-        raise ValueError(
-            f"batch_size is {settings.batch_size}; it must be a multiple of {share}, "
-            f"{accelerator.num_processes} processes times {settings.gradient_accumulation_steps} accumulation steps"
-        )
-    if settings.eval_batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"eval_batch_size is {settings.eval_batch_size}; "
-            f"it must be a multiple of {accelerator.num_processes} processes"
-        )
-    # what a partition or a student of these settings would be refused for, before images are read to find the real one
-    make_student(teacher, trial_partition(settings, layers), settings)
-    processor = load_image_processor(settings.teacher, settings.teacher_revision)
-    check_image_size(processor, teacher.patch_size, teacher.config.num_channels)
-    # one process of each node prepares the data set, the others find it in the cache
-    with accelerator.local_main_process_first():
-        open_split = functools.partial(
-            open_images,
-            settings.dataset,
-            config_name=settings.dataset_config,
-            revision=settings.dataset_revision,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
-            streaming=settings.streaming,
-        )
-        train_images, test_images = open_splits(open_split, settings.train_split, settings.test_split)
-    if accelerator.is_main_process:
-        logger.info("training on %s, testing on %s", train_images.title, test_images.title)
-        if reason := class_match(teacher, test_images).reason:
-            logger.warning(reason)
-    return teacher, processor, train_images, test_images
-
-
-def class_match(teacher: Teacher, images: ImageSet) -> ClassMatch:
-    """Which classes of the teacher's classifier the labels of the images mean."""
-    if teacher.classifier is None:
-        return ClassMatch(None)
-    return match_classes(images, teacher.classifier.out_features, teacher.config.id2label)
-
-
-def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
-    """Bytes that a run may take: checkpoints with weights and two moments, one being written, and the model."""
-    blocks = (settings.num_blocks or len(settings.block_repeats)) / teacher.num_layers
-    return int(4 * teacher.num_parameters * (3 * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
+    session.close(f"saved to {folder}: the model, its card README.md, metrics.json and figures/")
 
 
 def check_phases(session: Session, phases: dict[str, Any] | None) -> None:

@@ -95,11 +95,8 @@ def main() -> None:
         fingerprints = {"model": fingerprint_model(inputs.backbone.model.base_model), "images": inputs.fingerprint}
         settings = dataclasses.replace(settings, test_split=inputs.test_split)  # saved as it was found
         session.claim(settings, disk_space(inputs, settings), fingerprints, inputs=[settings.model])
-        if record := finished_probe(session, inputs):
-            if accelerator.is_main_process:
-                print_table(record, None)
-                print(f"this run is finished; {session.folder} and the head {settings.variant!r} stay as they are")
-            session.close()
+        if is_finished(session, inputs):
+            session.close(f"this run is finished; its folder and the head {settings.variant!r} stay as they are")
             return
 
     parameters = inputs.probe.head.parameters()
@@ -113,8 +110,8 @@ def main() -> None:
     session.close()
 
 
-def finished_probe(session: Session, inputs: "Inputs") -> dict[str, Any] | None:
-    """What this very run wrote down at its end, if the head is still where it was put; None otherwise."""
+def is_finished(session: Session, inputs: "Inputs") -> bool:
+    """Whether this very run has reached its end, and the head is still where it was put."""
     settings = session.settings
     expected = {"split": settings.test_split, "metric": settings.metric}
     record, folder = session.read_result("probe.json", **expected), inputs.backbone.folder or session.folder
@@ -122,10 +119,10 @@ def finished_probe(session: Session, inputs: "Inputs") -> dict[str, Any] | None:
         is_there = settings.variant in list_heads(folder)
         known = StudentMetrics.read(folder)
     except (OSError, ValueError):
-        return None
+        return False
     had_checks = settings.variant in known.quick_checks
     is_whole = is_there and settings.variant in known.probes and (had_checks or not settings.quick_checks)
-    return record if is_whole else None
+    return record is not None and is_whole
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,9 @@ def main() -> None:
         session.claim(settings, needed_bytes, {"images": fingerprint_dataset(train_images)})
         evaluated_on = {"dataset": settings.dataset, "split": settings.test_split}
         if metrics := session.read_result(needs="model*.safetensors", evaluated_on=evaluated_on):
-            if accelerator.is_main_process:
-                print(f"test accuracy {metrics['accuracy']:.2%}; this run is finished, and {folder} stays as it is")
-            session.close()
+            session.close(
+                f"test accuracy {metrics['accuracy']:.2%}; this run is finished, and its folder stays as it is"
+            )
             return
     # every process has the same weights now, and is to draw augmentations of its own
     set_seed(settings.seed + 1, device_specific=True)

@@ -30,6 +30,7 @@ from ..configuration_raptor import AUTO_MAP, RaptorConfig
 from ..modeling_raptor import RaptorModel, RaptorPreTrainedModel
 from ..recipes.files import RESOLVED_FILE, write_text_atomically
 from ..recipes.run_metrics import StudentMetrics, TeacherName, check_object, read_json
+from ..recipes.settings import read_run_id
 from .heads import HEAD_FIELDS, backbone_fingerprint, list_heads, read_variants, sort_labels, stale_heads
 from .privacy import PRIVATE_KEYS, PrivateData, check_private, code_files
 from .student_card import make_card
@@ -244,7 +245,7 @@ def check_one_run(folder: str | Path) -> None:
         "the run": {
             "metrics.json": metrics.run_id,
             "phases.json": phases.get("run_id"),
-            RESOLVED_FILE: _run_id_of(folder / RESOLVED_FILE),
+            RESOLVED_FILE: read_run_id(folder),
             "config.json": getattr(config, "run_id", None),
         },
         "the backbone's weights": {
@@ -391,12 +392,6 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: it is nested too deeply") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: it is not a YAML file: {error}") from None
-
-
-def _run_id_of(resolved: Path) -> str | None:
-    """The run id in the first line of the settings, which is a comment: it is no setting."""
-    match = re.match(r"# run_id: (\S+)", resolved.read_text(encoding="utf-8"))
-    return match and match[1]
 
 
 def is_hub_dataset(name: str, *, ask_hub: bool = True) -> bool:

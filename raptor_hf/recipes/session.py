@@ -218,8 +218,10 @@ class Session:
         is_whole = needs is None or any(self.folder.glob(needs))
         return record if is_whole and all(record.get(field) == value for field, value in expected.items()) else None
 
-    def close(self) -> None:
-        """End the trackers and give the folder back."""
+    def close(self, message: str | None = None) -> None:
+        """End the trackers, give the folder back, and print a last message on the main process."""
+        if message and self.accelerator.is_main_process:
+            print(message)
         self.accelerator.end_training()
         if self._lock is not None:
             self._lock.release()

@@ -15,11 +15,11 @@ if __name__ == "__main__":
     # --help and mistakes are answered before the imports below, which take seconds
     parse_settings(StudySettings)
 
+import json
 import logging
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,16 @@ from typing import Any
 
 from raptor_settings.distill import DistillSettings
 
+from raptor_hf.distillation.inputs import check_blocks, count_layers
 from raptor_hf.figures import mean_and_deviation
 from raptor_hf.hub.card_words import device_words
 from raptor_hf.recipes.files import write_json, write_text_atomically
+from raptor_hf.recipes.lock import find_writer
 from raptor_hf.recipes.run_metrics import METRICS_FILE, StudentMetrics, read_json
-from raptor_hf.recipes.settings import prepare_output_dir, settings_to_dict, user_errors
+from raptor_hf.recipes.settings import check_same_run, read_run_id, settings_to_dict, user_errors
 
 from . import figures
+from .children import Children, exit_on_sigterm
 from .conclusions import (
     Conclusion,
     Record,
@@ -72,7 +75,22 @@ class PlannedRun:
 
     @property
     def is_done(self) -> bool:
-        return (self.folder / METRICS_FILE).exists()
+        """Whether the folder holds the numbers of this run, at its end, on the images that are wanted now."""
+        try:
+            metrics = json.loads((self.folder / METRICS_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return True  # which reading the numbers will refuse, by name
+        if not isinstance(metrics, dict):
+            return True
+        # runs of older versions have neither
+        run_id, evaluated_on = read_run_id(self.folder), metrics.get("evaluated_on") or {}
+        if None not in (run_id, metrics.get("run_id")) and metrics["run_id"] != run_id:
+            return False
+        split, limit = getattr(self.settings, "test_split", None), getattr(self.settings, "eval_images", None)
+        same_split = split is None or evaluated_on.get("split", split) == split
+        return same_split and evaluated_on.get("num_images", limit) == limit
 
 
 def main() -> None:
@@ -80,8 +98,10 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
         runs = plan_runs(settings)
-        for run in runs:  # refuses folders that hold runs of other settings
-            prepare_output_dir(run.folder, run.settings)
+        for run in runs:
+            check_same_run(run.folder, run.settings)
+        check_students(runs)
+        exit_on_sigterm()
         read_baselines(settings.baselines)
         output_dir = Path(settings.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -132,29 +152,35 @@ def run_all(runs: Sequence[PlannedRun], jobs: int) -> list[PlannedRun]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     failed, began = [], time.perf_counter()
-    pool = ThreadPoolExecutor(jobs)
+    pool, children = ThreadPoolExecutor(jobs), Children()
     try:
-        futures = {pool.submit(run_one, run, environment): run for run in missing}
+        futures = {pool.submit(run_one, run, environment, children): run for run in missing}
         for number, future in enumerate(as_completed(futures), start=1):
-            run, status = futures[future], future.result()
-            log = log_file(run)
-            outcome = "done" if status == 0 else f"FAILED with status {status}, the end of {log}:\n{tail(log)}"
+            run, (status, outcome) = futures[future], future.result()
             minutes = (time.perf_counter() - began) / 60
             logger.info(
                 "%d/%d | %.1f min | %s, seed %d: %s", number, len(missing), minutes, run.variant, run.seed, outcome
             )
             if status != 0:
                 failed.append(run)
+    except BaseException:  # an interrupt, too: what is under way ends, and nothing new is started
+        children.stop()
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # on an interrupt nothing new is started
+        pool.shutdown(cancel_futures=True)
     return failed
 
 
-def run_one(run: PlannedRun, environment: dict[str, str]) -> int:
-    """The exit status of one run, whose output goes to its log."""
-    with log_file(run).open("w", encoding="utf-8") as log:
-        status = subprocess.run(run.command, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
-    return status if status or run.is_done else 1
+def run_one(run: PlannedRun, environment: dict[str, str], children: Children) -> tuple[int, str]:
+    """The exit status of one run, whose output goes to its log, and how it ended in words."""
+    if writer := find_writer(run.folder):  # as after a kill -9 of the study that started it; its log is its own
+        return 1, f"NOT STARTED, as {writer} writes into {run.folder}"
+    run.folder.mkdir(parents=True, exist_ok=True)
+    status = children.run(run.command, log_file(run), environment)
+    if status == 0 and run.is_done:
+        return 0, "done"
+    status = status or 1
+    return status, f"FAILED with status {status}, the end of {log_file(run)}:\n{tail(log_file(run))}"
 
 
 def log_file(run: PlannedRun) -> Path:
@@ -169,9 +195,37 @@ def tail(path: Path, num_lines: int = 15) -> str:
     return "\n".join("    " + line for line in [line for line in lasting if line.strip()][-num_lines:])
 
 
+def check_students(runs: Sequence[PlannedRun]) -> None:
+    """Refuse students that no teacher can have, before the first of them is trained.
+
+    Raises:
+        ValueError: a student has more blocks than its teacher has layers, or its layers do not add up to the teacher's.
+        OSError: there is no such teacher.
+    """
+    for run in runs:
+        try:
+            check_blocks(run.settings, count_layers(run.settings))
+        except (ValueError, OSError) as error:
+            raise type(error)(f"variant {run.variant!r}: {error}") from error
+
+
+def check_numbers(run: PlannedRun, metrics: StudentMetrics) -> None:
+    """Refuse numbers that are not of a student as the settings describe it.
+
+    Raises:
+        ValueError: the blocks differ; the message names both.
+    """
+    settings, repeats = run.settings, [len(layers) for layers in metrics.blocks or ()]
+    if settings.block_repeats is not None and repeats != list(settings.block_repeats):
+        raise ValueError(f"{run.folder} has blocks of {repeats} layers; its settings ask for {settings.block_repeats}")
+    if settings.num_blocks not in (None, len(repeats)):
+        raise ValueError(f"{run.folder} has {len(repeats)} blocks; its settings ask for {settings.num_blocks}")
+
+
 def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
     """What matters of one finished run."""
     metrics, settings = StudentMetrics.read(run.folder), run.settings
+    check_numbers(run, metrics)
     fidelity, seconds = metrics.fidelity, metrics.seconds
     base_settings = settings_to_dict(parse_settings(DistillSettings, [base], exit_on_error=False))
     return {

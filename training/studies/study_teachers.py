@@ -37,13 +37,15 @@ from torch import Tensor
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.data.loaders import ImageLoader, eval_loader
 from raptor_hf.data.sources import open_splits
+from raptor_hf.distillation.inputs import check_blocks
 from raptor_hf.metrics import FidelityAccumulator
 from raptor_hf.phases import Partition, phase_contrast
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.run_metrics import StudentMetrics, TeacherMetrics, read_json
-from raptor_hf.recipes.settings import prepare_output_dir, user_errors
+from raptor_hf.recipes.settings import check_same_run, user_errors
 from raptor_hf.teacher import Teacher, load_teacher
 
+from .children import exit_on_sigterm
 from .conclusions import by_variant, markdown_table
 from .study import (
     PlannedRun,
@@ -87,7 +89,9 @@ def main() -> None:
         pairs = plan_pairs(settings)
         for pair in pairs:  # refuses folders that hold runs of other settings
             for run in (pair.teacher, pair.student):
-                prepare_output_dir(run.folder, run.settings)
+                check_same_run(run.folder, run.settings)
+            check_blocks(pair.student.settings, pair.teacher_settings.num_layers)
+        exit_on_sigterm()
         output_dir = Path(settings.output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     try:

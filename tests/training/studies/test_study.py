@@ -3,14 +3,21 @@
 import dataclasses
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
-from raptor_hf.recipes.settings import parse_settings
+from raptor_hf.recipes.run_metrics import StudentMetrics
+from raptor_hf.recipes.settings import parse_settings, save_settings
 from training.studies import figures
+from training.studies.children import exit_on_sigterm
 from training.studies.frontier import Point
 
 ROOT = Path(__file__).parents[3]
@@ -438,11 +445,11 @@ def test_study_of_real_runs_reports_them_and_the_failing_one(study, settings, tm
         "--common_flags",
         " --stage2_steps 2 --warmup_steps 1 --batch_size 8 --phase_images 8 --num_bootstraps 0",
     ]
-    arguments += ["--variants", "works --init middle", "no such teacher --teacher nowhere/at-all"]
+    arguments += ["--variants", "works --init middle", "no such split --train_split nonsense"]
     monkeypatch.setattr("sys.argv", ["study.py", *arguments])
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SystemExit, match="1 of 2 runs failed: no such teacher, seed 0"):
+    with pytest.raises(SystemExit, match="1 of 2 runs failed: no such split, seed 0"):
         study.main()
     (run,) = json.loads((tmp_path / "results" / "results.json").read_text())["runs"]
     metrics = json.loads((tmp_path / "runs" / "works" / "seed-0" / "metrics.json").read_text())
@@ -455,3 +462,69 @@ def test_study_of_real_runs_reports_them_and_the_failing_one(study, settings, tm
     with pytest.raises(SystemExit):
         study.main()
     assert "belongs to a run with other settings" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_runs_under_way_and_starts_no_other(study, settings, monkeypatch):
+    code = "import os, sys, time; open(sys.argv[1] + '/pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    runs = fake_runs(study, settings, code)
+    files = [run.folder / "pid" for run in runs]
+
+    def terminate() -> None:
+        while not all(file.exists() and file.read_text() for file in files[:2]):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    former = signal.getsignal(signal.SIGTERM)
+    exit_on_sigterm()
+    threading.Thread(target=terminate, daemon=True).start()
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            study.run_all(runs, jobs=2)
+    finally:
+        signal.signal(signal.SIGTERM, former)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not any(psutil.pid_exists(int(file.read_text())) for file in files[:2])
+    assert not any(file.exists() for file in files[2:])
+
+
+def test_folder_into_which_another_run_writes_is_left_to_it(study, settings, caplog, monkeypatch):
+    runs = fake_runs(study, settings, WRITE_METRICS)
+    (runs[0].folder / "log.txt").write_text("of the other run")
+    busy = {runs[0].folder: "another run (process 7, since today)"}
+    monkeypatch.setattr(study, "find_writer", busy.get)
+    caplog.set_level("INFO")
+    assert study.run_all(runs, jobs=1) == [runs[0]]
+    assert "NOT STARTED, as another run (process 7, since today) writes into" in caplog.text
+    assert (runs[0].folder / "log.txt").read_text() == "of the other run"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--num_blocks 13", "variant 'wrong': num_blocks is 13; it must be between 1 and the teacher's 12 layers"),
+        ("--teacher nowhere/at/all", "variant 'wrong': .*nowhere/at/all"),
+    ],
+)
+def test_impossible_variant_is_found_before_the_first_starts(study, settings, monkeypatch, flags, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    runs = study.plan_runs(dataclasses.replace(settings, variants=["right", f"wrong {flags}"]))
+    with pytest.raises((ValueError, OSError), match=message):
+        study.check_students(runs)
+
+
+def test_numbers_of_other_settings_or_another_run_are_not_believed(study, settings):
+    run = study.plan_runs(settings)[0]
+    run.folder.mkdir(parents=True)
+    save_settings(run.folder / "resolved.yaml", run.settings, "this")
+    metrics = {"run_id": "this", "evaluated_on": {"split": "test", "num_images": None}}
+
+    def is_done(**changes) -> bool:
+        (run.folder / "metrics.json").write_text(json.dumps(metrics | changes))
+        return run.is_done
+
+    assert is_done() and is_done(run_id=None) and is_done(evaluated_on=None)
+    assert not is_done(run_id="other") and not is_done(evaluated_on={"split": "test", "num_images": 7})
+    wanted = run.settings.num_blocks or len(run.settings.block_repeats)
+    blocks = [[layer] for layer in range(1, wanted + 2)]
+    with pytest.raises(ValueError, match=f"has {wanted + 1} blocks|has blocks of"):
+        study.check_numbers(run, StudentMetrics.from_dict({"blocks": blocks}))

@@ -1,0 +1,124 @@
+"""What a distillation starts from: teacher and images, opened, and checked together with the settings."""
+
+import functools
+import logging
+
+import torch
+from accelerate import Accelerator
+from raptor_settings.resources import find_model
+from transformers import AutoConfig
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..data.images import ImageSet, check_image_size, load_image_processor, open_images
+from ..data.labels import ClassMatch, match_classes
+from ..data.sources import open_splits
+from ..families import check_family, vision_config
+from ..teacher import Teacher, load_teacher
+from .settings import DistillSettings
+from .student import make_student, trial_partition
+
+logger = logging.getLogger(__name__)
+
+
+def open_inputs(
+    settings: DistillSettings, accelerator: Accelerator
+) -> tuple[Teacher, BaseImageProcessor, ImageSet, ImageSet]:
+    """Load teacher and data, and check every setting that depends on them.
+
+    Returns:
+        The teacher, its image processor, the training images and the test images.
+
+    Raises:
+        ValueError: a setting does not fit them.
+        OSError: teacher or images cannot be read.
+    """
+    dtype = getattr(torch, settings.teacher_dtype)
+    teacher = load_teacher(
+        settings.teacher,
+        revision=settings.teacher_revision,
+        dtype=dtype,
+        device=accelerator.device,
+        layers=settings.target_layers,
+    )
+    layers = teacher.num_layers
+    check_blocks(settings, layers)
+    share = accelerator.num_processes * settings.gradient_accumulation_steps
+    if settings.batch_size % share:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}; it must be a multiple of {share}, "
+            f"{accelerator.num_processes} processes times {settings.gradient_accumulation_steps} accumulation steps"
+        )
+    if settings.eval_batch_size % accelerator.num_processes:
+        raise ValueError(
+            f"eval_batch_size is {settings.eval_batch_size}; "
+            f"it must be a multiple of {accelerator.num_processes} processes"
+        )
+    # what a partition or a student of these settings would be refused for, before images are read to find the real one
+    make_student(teacher, trial_partition(settings, layers), settings)
+    processor = load_image_processor(settings.teacher, settings.teacher_revision)
+    check_image_size(processor, teacher.patch_size, teacher.config.num_channels)
+    # one process of each node prepares the data set, the others find it in the cache
+    with accelerator.local_main_process_first():
+        open_split = functools.partial(
+            open_images,
+            settings.dataset,
+            config_name=settings.dataset_config,
+            revision=settings.dataset_revision,
+            image_column=settings.image_column,
+            label_column=settings.label_column,
+            streaming=settings.streaming,
+        )
+        train_images, test_images = open_splits(open_split, settings.train_split, settings.test_split)
+    if accelerator.is_main_process:
+        logger.info("training on %s, testing on %s", train_images.title, test_images.title)
+        if reason := class_match(teacher, test_images).reason:
+            logger.warning(reason)
+    return teacher, processor, train_images, test_images
+
+
+def class_match(teacher: Teacher, images: ImageSet) -> ClassMatch:
+    """Which classes of the teacher's classifier the labels of the images mean."""
+    if teacher.classifier is None:
+        return ClassMatch(None)
+    return match_classes(images, teacher.classifier.out_features, teacher.config.id2label)
+
+
+def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
+    """Bytes that a run may take: checkpoints with weights and two moments, one being written, and the model."""
+    blocks = (settings.num_blocks or len(settings.block_repeats)) / teacher.num_layers
+    return int(4 * teacher.num_parameters * (3 * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
+
+
+def check_blocks(settings: DistillSettings, num_layers: int) -> None:
+    """Refuse blocks that a teacher of so many layers cannot have.
+
+    Raises:
+        ValueError: there are more blocks than layers, or their layers do not add up.
+    """
+    if settings.num_blocks is not None and not 1 <= settings.num_blocks <= num_layers:
+        raise ValueError(
+            f"num_blocks is {settings.num_blocks}; it must be between 1 and the teacher's {num_layers} layers"
+        )
+    if settings.block_repeats is not None and sum(settings.block_repeats) != num_layers:
+        raise ValueError(
+            f"block_repeats is {settings.block_repeats}, which sums to {sum(settings.block_repeats)}; "
+            f"it must sum to the teacher's {num_layers} layers"
+            + (f", target_layers {settings.target_layers}" if settings.target_layers else "")
+        )
+    num_blocks = settings.num_blocks or len(settings.block_repeats)
+    if settings.train_block is not None and not 0 <= settings.train_block < num_blocks:
+        raise ValueError(f"train_block is {settings.train_block}; it must be between 0 and {num_blocks - 1}")
+
+
+def count_layers(settings: DistillSettings) -> int:
+    """Number of layers to learn, from the teacher's configuration alone.
+
+    Raises:
+        ValueError: the teacher is of no supported family.
+        OSError: there is no such teacher.
+    """
+    if settings.target_layers is not None:
+        return len(settings.target_layers)
+    config = AutoConfig.from_pretrained(find_model(settings.teacher), revision=settings.teacher_revision)
+    check_family(config, settings.teacher)
+    return vision_config(config).num_hidden_layers
