@@ -57,6 +57,11 @@ CLIP_EMBEDDINGS = {
 class Family:
     """Where the models of one `model_type` keep their parts, as paths of submodules of the model without a head.
 
+    An entry is complete when every parameter of the model is of one of its parts: of a layer, the embeddings, a norm or
+    the rotary positions, or of what only heads use (`unused`). If students can be made of it, every parameter of a
+    layer is also of one of the `block_parts`, and every one of the embeddings has a name in RaptorEmbeddings. A test
+    checks this for every family.
+
     Args:
         layers: a list of modules; whenever one is called, it returns the next state.
         embeddings: the module that returns states[0], unless there is a `pre_norm`.

@@ -68,9 +68,7 @@ def plot_phases(
         _add_block_strip(axes, partition)
     bar = figure.colorbar(image, ax=axes, label=label, fraction=0.05, pad=0.03 if partition.is_contiguous else 0.09)
     bar.outline.set_visible(False)
-    if path is not None:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-    return figure
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def plot_fidelity(
@@ -107,9 +105,7 @@ def plot_fidelity(
         for boundary in _block_changes(partition):
             axes.axvline(boundary + 0.5, color="0.6", linewidth=1, linestyle=":", zorder=0)
     figure.suptitle(title or "")
-    if path is not None:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-    return figure
+    return saved(figure, path, dpi=150, tight=True)
 
 
 def plot_losses(
@@ -136,9 +132,7 @@ def plot_losses(
         lower.set(xlabel="optimizer step", ylabel="learning rate")
         for axes in (upper, lower):
             axes.spines[["top", "right"]].set_visible(False)
-    if path is not None:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
-    return figure
+    return saved(figure, path, dpi=150, tight=True)
 
 
 def plot_cost(
@@ -169,9 +163,7 @@ def plot_cost(
     axes.set(xlabel="parameters of the backbone (M)", ylabel=label, xlim=(0, None))
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.spines[["top", "right"]].set_visible(False)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return saved(figure, path, dpi=150)
 
 
 def plot_predictions(
@@ -226,8 +218,20 @@ def plot_predictions(
         bar = figure.colorbar(drawn, ax=grid[1:], fraction=0.05, label="depth (m)" if is_depth else "class")
         if not is_depth and len(class_names) <= 20:
             bar.set_ticks(range(len(class_names)), labels=class_names)
+    return saved(figure, path, dpi=120)
+
+
+def saved(figure: Figure, path: str | os.PathLike[str] | None, *, dpi: int, tight: bool = False) -> Figure:
+    """Saves a figure, as PNG unless the suffix names another format; None saves nothing.
+
+    Args:
+        figure: any.
+        path: of the file; its folder exists.
+        dpi: dots per inch.
+        tight: whether empty margins are cut off.
+    """
     if path is not None:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=dpi, bbox_inches="tight" if tight else None)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Streaming metrics: accuracy, mean IoU, depth errors and trajectory fidelity.
+"""Streaming metrics: accuracy, mean IoU, depth errors and trajectory fidelity; and bootstrap intervals of results.
 
 Every accumulator keeps one float64 vector of sums on the CPU, whatever device and precision the batches come in. Its
 size does not depend on how many images it has seen, and sums add up, so processes merge by one all-reduce:
@@ -15,9 +15,11 @@ unless `even_batches=False`) counts those twice.
 The same metrics as `evaluate` modules are in `raptor_hf.evaluate_modules`, which needs the package `evaluate`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,6 +29,8 @@ from .tokens import TOKEN_GROUPS, TokenLayout
 
 NYU_SIZE = (480, 640)
 EIGEN_CROP = (slice(45, 471), slice(41, 601))
+# of all bootstrap intervals
+CONFIDENCE = 0.95
 
 
 class TopKAccuracy(Accumulator):
@@ -379,6 +383,36 @@ def _layer_statistics(teacher: Tensor, student: Tensor, token_sizes: tuple[int, 
     sums = [error.square().sum(), error.sum(), relative_error.sum()]
     sums += [group.sum() for group in cosine.split(token_sizes)]
     return torch.cat([torch.stack([*sums, variance.sum()]), mean])
+
+
+def bootstrap_interval(
+    samples: Sequence[Sequence[float]],
+    statistic: Callable[..., Any] = np.mean,
+    *,
+    paired: bool = False,
+    seed: int = 0,
+    num_replicas: int = 2000,
+) -> tuple[float, float]:
+    """Returns the ends of the percentile-bootstrap interval, at `CONFIDENCE`, of a statistic; fixed by its seed.
+
+    Args:
+        samples: one or more lists of observations, each resampled with replacement.
+        statistic: takes one array per sample, (num_replicas, n), and `axis=-1`; returns one value per replica.
+        paired: whether observation i of all samples is drawn together.
+        seed: of the resampling.
+        num_replicas: how many resamples.
+    """
+    generator, arrays = np.random.default_rng(seed), [np.asarray(sample) for sample in samples]
+    draws = []
+    for array in arrays:
+        if not (paired and draws):
+            draws.append(generator.integers(len(array), size=(num_replicas, len(array))))
+        else:
+            draws.append(draws[0])
+    values = statistic(*(array[draw] for array, draw in zip(arrays, draws, strict=True)), axis=-1)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(values, (tail, 100 - tail))
+    return float(low), float(high)
 
 
 def _rank_of_label(scores: Tensor, labels: Tensor) -> Tensor:

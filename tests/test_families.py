@@ -1,7 +1,9 @@
 """Teachers of families beside DINOv2 against the hidden states, logits and positions of the models themselves."""
 
+import dataclasses
 import importlib
 import importlib.util
+import itertools
 import json
 
 import PIL.Image
@@ -22,7 +24,7 @@ from transformers import (
 from raptor_hf.conversion import load_meta_linear_head, student_from_teacher
 from raptor_hf.data.images import load_image_processor
 from raptor_hf.dynamics.motion import DynamicsAccumulator
-from raptor_hf.families import FAMILIES
+from raptor_hf.families import DINOV2_BLOCK, FAMILIES, block_modules, find_backbone, is_unused
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.phases import find_phases
 from raptor_hf.similarity import SimilarityAccumulator
@@ -42,12 +44,53 @@ from tests.support.tiny_vits import (
     vit_fields,
 )
 
+# what a student's embeddings are made of
+RAPTOR_EMBEDDINGS = {"cls_token", "register_tokens", "distillation_token", "position_embeddings"}
+RAPTOR_EMBEDDINGS |= {"patch_embeddings.projection.weight", "patch_embeddings.projection.bias"}
+# DINOv2's layers as if they had no LayerScale
+VIT_LIKE = {part: modules for part, modules in DINOV2_BLOCK.items() if not part.startswith("layer_scale")}
 # the size the position embeddings are for, a larger square, and two that are not square
 SIZES = ((28, 28), (42, 42), (28, 56), (35, 14))
 
 
 def test_every_family_is_tested():
     assert set(FAMILIES) == {*VITS, "dinov2", "dinov2_with_registers", "raptor"}
+
+
+def forgotten(name, entry):
+    """Parameters that an entry gives no place: of the model anywhere, of a layer and the embeddings in a student."""
+    model = find_backbone(tiny_vit(name) if name in VITS else tiny_dinov2(name))
+    paths = (entry.layers, entry.embeddings, entry.pre_norm, entry.final_norm, entry.rotary)
+    places = tuple(f"{path}." for path in paths if path is not None)
+    used = [name for name, _ in model.named_parameters() if not is_unused(name, entry)]
+    lost = {name for name in used if not name.startswith(places)}
+    if entry.block_parts:
+        layer = model.get_submodule(entry.layers)[0]
+        modules = itertools.chain(*block_modules(layer, entry.block_parts).values())
+        copied = {id(parameter) for module in modules for parameter in module.parameters()}
+        lost |= {f"layer.{name}" for name, parameter in layer.named_parameters() if id(parameter) not in copied}
+        names = [name for name, _ in model.get_submodule(entry.embeddings).named_parameters() if name != "mask_token"]
+        lost |= {name for name in names if entry.embedding_names.get(name, name) not in RAPTOR_EMBEDDINGS}
+    return lost
+
+
+@pytest.mark.parametrize("name", [*VITS, "dinov2", "dinov2_with_registers"])
+def test_an_entry_gives_every_parameter_its_place(name):
+    assert forgotten(name, FAMILIES[name]) == set()
+
+
+@pytest.mark.parametrize(
+    "name, change, lost",
+    [
+        ("vit", {"unused": ()}, "pooler.dense.weight"),
+        ("clip_vision_model", {"pre_norm": None}, "pre_layrnorm.weight"),
+        ("clip_vision_model", {"embedding_names": {}}, "class_embedding"),
+        ("siglip_vision_model", {"final_norm": "layernorm"}, "post_layernorm.weight"),
+        ("dinov2", {"block_parts": VIT_LIKE}, "layer.layer_scale1.lambda1"),
+    ],
+)
+def test_an_entry_with_a_part_forgotten_is_noticed(name, change, lost):
+    assert lost in forgotten(name, dataclasses.replace(FAMILIES[name], **change))
 
 
 @pytest.mark.parametrize("size", SIZES)

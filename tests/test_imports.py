@@ -1,5 +1,6 @@
 """What can be imported with the base dependencies alone, in a fresh process that hides all others."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,10 @@ PACKAGE = Path(raptor_hf.__file__).parent
 def import_all(names):
     script = f"import sys; sys.modules.update(dict.fromkeys({EXTRAS}))\nimport importlib\n"
     script += "\n".join(f"importlib.import_module({name!r})" for name in names)
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    # the packages are found where this process finds them
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_the_front_row_heads_and_dynamics_import_with_the_base_dependencies_alone():

@@ -43,8 +43,9 @@ from raptor_hf.dynamics.interventions import EditExperiment, LayerEdit, Perturba
 from raptor_hf.dynamics.motion import DynamicsAccumulator, speed_jumps
 from raptor_hf.dynamics.ranks import SpectrumAccumulator
 from raptor_hf.dynamics.report import Sample, summary_text, write_report
+from raptor_hf.dynamics.subject import cautions, describe_model
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
-from raptor_hf.phases import Partition, find_phases
+from raptor_hf.phases import Partition, find_phases, other_phases
 from raptor_hf.recipes.loop import describe_environment, warn_if_single_thread
 from raptor_hf.recipes.settings import settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
@@ -87,6 +88,7 @@ def main() -> None:
     if accelerator.is_main_process:
         numbers = {
             "settings": settings_to_dict(settings),
+            "about": study.about(),
             "images": images.title,
             "num_images": analyses[0].dynamics.coherence.num_images,
             "intervention_images": analyses[0].perturbation.rate.num_images,
@@ -264,6 +266,7 @@ class Study:
     def find_partition(self) -> None:
         """The phases, given, of a student, or found on the images of the experiments."""
         settings, layers = self.settings, self.reference.num_layers
+        self.other_phases: dict[str, Partition] = {}
         student = next((model for model in self.models.values() if model.family == "raptor"), None)
         if settings.block_repeats is not None:
             ends = np.cumsum(settings.block_repeats)[:-1].tolist()
@@ -275,7 +278,9 @@ class Study:
             for pixel_values, _, _ in self.batches("phases", settings.intervention_images):
                 similarity.update(self.reference.trajectory(pixel_values))
             self.reduce([similarity])
-            self.partition = find_phases(similarity.compute(), settings.num_blocks)
+            distance = similarity.compute()
+            self.partition = find_phases(distance, settings.num_blocks)
+            self.other_phases = other_phases(distance, self.partition)
         self.boundaries = list(self.partition.boundaries)
         self.spans = list(itertools.pairwise([0, *self.boundaries, layers]))
 
@@ -324,6 +329,16 @@ class Study:
                 self.experiments[name].update(states, final, names, labels if self.has_labels else None)
         for experiments in self.experiments.values():
             self.reduce(experiments.accumulators())
+
+    def about(self) -> list[str]:
+        """What the first model is, and what is not to be expected of it."""
+        name, model = next(iter(self.models.items()))
+        size = check_image_size(self.processor, model.patch_size)
+        labels = self.images.has_labels, self.has_labels
+        return [
+            describe_model(name, model, size),
+            *cautions(model, size, *labels, self.partition, self.other_phases),
+        ]
 
     def sample(self) -> Sample:
         """The mean patches that the projection shows."""

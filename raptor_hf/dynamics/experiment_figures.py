@@ -12,10 +12,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from ..figures import saved
 from ..phases import Partition
 from .dmd import DMDSpanErrors, SpanOperator
 from .extrapolation import EarlyExitResult, ExtrapolationResult
-from .figures import STYLES, _add_legend, _draw_boundaries, _saved
+from .figures import STYLES, _add_legend, _draw_boundaries
 from .interventions import EditResult, PerturbationResult
 from .motion import DEGREES
 
@@ -81,7 +82,7 @@ def plot_perturbation(
     for axes in grid[1, 3:]:
         axes.set_visible(False)
     _add_legend(figure, results)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def plot_edits(
@@ -145,7 +146,7 @@ def plot_edits(
         for name, (color, marker) in zip(results, STYLES, strict=False)
     ]
     lower.legend(handles=[*handles, *relations], loc="outside upper center", ncols=6, frameon=False, fontsize=9)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def _draw_replacements(
@@ -221,7 +222,7 @@ def plot_dmd(
         axes.spines[["top", "right"]].set_visible(False)
     kinds = [Line2D([], [], color="black", linestyle=s, label=n) for s, n in (("-", "linear"), (":", "state itself"))]
     _add_legend(figure, results, kinds)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def plot_depth(
@@ -289,4 +290,4 @@ def plot_depth(
         Line2D([], [], color="black", linestyle=":", marker=".", label="spread over the depth"),
     ]
     _add_legend(figure, extrapolations, paces)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)

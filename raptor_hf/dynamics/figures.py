@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from torch import Tensor
 
 from ..accumulators import Curve
+from ..figures import saved
 from ..metrics import Fidelity
 from .basins import ClassAngles, Projection
 from .motion import DEGREES, Dynamics
@@ -67,7 +68,7 @@ def plot_quantities(
     for axes in grid[-1]:
         axes.set_xlabel("layer")
     _add_legend(figure, results)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def plot_ranks(
@@ -115,7 +116,7 @@ def plot_ranks(
         Line2D([], [], color="black", linestyle=":", label="raw updates"),
     ]
     _add_legend(figure, results, kinds)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def plot_class_angles(
@@ -148,7 +149,7 @@ def plot_class_angles(
         axes.set_xlabel("layer")
     kinds = [Line2D([], [], color="black", linestyle=s, label=n) for s, n in (("-", "within"), ("--", "between"))]
     _add_legend(figure, results, kinds)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def plot_projection(
@@ -196,7 +197,7 @@ def plot_projection(
         ]
         names = [str(label) if class_names is None else class_names[label] for label in classes]
         figure.legend(handles, names, loc="outside lower center", ncols=min(10, len(names)), frameon=False, fontsize=9)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def plot_epsilon(
@@ -235,7 +236,7 @@ def plot_epsilon(
         axes.set_ylim(bottom=0)
     panels[2].legend(handles=list(kinds.values()), frameon=False, fontsize=8)
     _add_legend(figure, results)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=110)
 
 
 def _draw_curve(
@@ -275,9 +276,3 @@ def _add_legend(figure: Figure, results: Mapping[str, object], more: Sequence[Li
 
 def _column(curve: Curve, index: int) -> Curve:
     return Curve(curve.mean[:, index], curve.std[:, index], curve.num_images)
-
-
-def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    if path is not None:
-        figure.savefig(path, dpi=110)
-    return figure

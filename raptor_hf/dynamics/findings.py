@@ -1,8 +1,8 @@
 """What the numbers of an analysis say: one verdict for every finding of the paper and every model.
 
 All sentences are made from the numbers, by the thresholds of `Thresholds`, so that running an analysis again rewrites
-them. `dynamics_report` puts them on a page. Most findings are those of "Block-Recurrent
-Dynamics in Vision Transformers" (arXiv 2512.19941) on DINOv2.
+them. `report` puts them on a page. Most findings are those of "Block-Recurrent Dynamics in Vision Transformers" (arXiv
+2512.19941) on DINOv2.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from ..metrics import Fidelity
 from .basins import ClassAngles
 from .dmd import DMDContinuation, DMDSpanErrors, SpanOperator
 from .extrapolation import EarlyExitResult, ExtrapolationResult
-from .interventions import EditResult, PerturbationResult, bootstrap_interval
+from .interventions import EditResult, PerturbationResult, mean_interval
 from .motion import DEGREES, MAX_PLACEMENTS, Dynamics, Result, SpeedJumps
 from .ranks import Spectra
 
@@ -286,7 +286,7 @@ def judge_swap(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
         return Verdict(None, "the phases allow no comparison")
     num_above, largest = sum(gap > 0 for gap in gaps.values()), max(gaps, key=gaps.get)
     # one layer that nothing can stand in for would decide the mean of all
-    interval = bootstrap_interval([gap for layer, gap in gaps.items() if layer != largest])
+    interval = mean_interval([gap for layer, gap in gaps.items() if layer != largest])
     evidence = (
         f"{metric} within minus across, by layer replaced: above 0 for {num_above} of {len(gaps)}, largest "
         f"{gaps[largest]:+.3f}, of layer {largest}; mean of the others {interval.mean:+.3f} "

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..accumulators import Curve, MomentAccumulator
+from ..metrics import bootstrap_interval
 from ..phases import Partition
 from ..teacher import Teacher
 from .motion import Result, angle, directions
@@ -275,7 +276,7 @@ class EditResult(Result):
         kinds: dict[tuple[str, str, int], list[float]] = {}
         for edit, value in zip(self.edits, values.tolist(), strict=True):
             kinds.setdefault((edit.kind, edit.relation, edit.num_edits), []).append(value)
-        return {key: bootstrap_interval(values, seed) for key, values in kinds.items()}
+        return {key: mean_interval(values, seed) for key, values in kinds.items()}
 
 
 class EditExperiment(MomentAccumulator):
@@ -340,15 +341,12 @@ class Interval(Result):
     count: int
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0, num_replicas: int = 2000) -> Interval:
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Takes the mean with its percentile-bootstrap interval of 95 %.
 
     Args:
         values: at least one; of a single one the interval is the value itself.
         seed: of the resampling.
-        num_replicas: how many resamples.
     """
     values = np.asarray(values, dtype=np.float64)
-    draws = np.random.default_rng(seed).integers(len(values), size=(num_replicas, len(values)))
-    low, high = np.percentile(values[draws].mean(1), (2.5, 97.5))
-    return Interval(math.fsum(values) / len(values), float(low), float(high), len(values))
+    return Interval(math.fsum(values) / len(values), *bootstrap_interval([values], seed=seed), len(values))

@@ -147,17 +147,17 @@ def report_text(analyses: Sequence[Analysis], partition: Partition, numbers: Map
         partition: the phases.
         numbers: what is saved as JSON beside it: "findings" (of `findings`), "images", "num_images",
             "intervention_images", "analysis_cost" (or None), "device", "versions" and "settings", of which the report
-            tells the "rank_stride".
+            tells the "rank_stride"; and "about", sentences on what the first model is and what not to expect of it.
         command: that made the report.
     """
     results: Sequence[Finding] = numbers["findings"]
     versions = ", ".join(f"{name} {version}" for name, version in numbers["versions"].items())
-    phases = "".join(f"[{start + 1}-{end}]" for start, end in partition.phases) if partition.is_contiguous else "-"
     parts = [
         f"# Depth as time: {', '.join(a.name for a in analyses)}",
+        "\n".join(f"- {sentence}" for sentence in numbers["about"]),
         f"    {command}",
         f"{numbers['num_images']} images of {numbers['images']}; experiments on {numbers['intervention_images']} of "
-        f"them. Phases {phases} ({partition.method}). {numbers['device']}. {versions}.",
+        f"them. Phases {partition} ({partition.method}). {numbers['device']}. {versions}.",
         _models_table(analyses),
         "## Findings",
         summary_text(results),
@@ -169,7 +169,7 @@ def report_text(analyses: Sequence[Analysis], partition: Partition, numbers: Map
         if present:
             parts.append(f"## {title}")
         for file in present:
-            parts += [f"![{title}](figures/{file})", texts[file]]
+            parts += [f"![{title}](figures/{file})", *texts[file]]
         if "edits.png" in present:
             parts.append(_edits_table(analyses))
         if "dmd.png" in present:
@@ -259,37 +259,34 @@ def _every(stride: int) -> str:
 
 
 def findings_text(results: Sequence[Finding]) -> str:
-    """The findings as Markdown: a table of verdicts, and below it the evidence."""
+    """The findings as a Markdown table, a sentence on the first model each; folded below it criteria and all others."""
     names = list(results[0].verdicts)
-    words = {True: "holds", False: "does not", None: "-"}
-    lines = ["| finding | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    words = {True: "yes", False: "no", None: "-"}
+    lines = [f"| finding | {' | '.join(names)} | {names[0]}, in numbers |", "|---|" + "---|" * (len(names) + 1)]
     for finding in results:
-        lines.append(f"| {finding.title} | " + " | ".join(words[v.holds] for v in finding.verdicts.values()) + " |")
-    details = []
+        cells = [words[verdict.holds] for verdict in finding.verdicts.values()]
+        lines.append(f"| **{finding.title}** | {' | '.join(cells)} | {finding.verdicts[names[0]].evidence} |")
+    folded = ["<details><summary>When a finding counts as holding, and the numbers of the other models</summary>", ""]
     for finding in results:
-        evidence = " ".join(f"*{name}*: {v.evidence}." for name, v in finding.verdicts.items() if v.holds is not None)
-        details.append(f"- **{finding.title}** ({finding.criterion}). {evidence}")
-    return "\n".join(lines) + "\n\n" + "\n".join(details)
+        folded.append(f"- {finding.title}: {finding.criterion}.")
+        others = list(finding.verdicts.items())[1:]
+        folded += [f"  - {name}, {words[v.holds]}: {v.evidence}." for name, v in others if v.holds is not None]
+    return "\n".join([*lines, "", *folded, "", "</details>"])
 
 
 def summary_text(results: Sequence[Finding]) -> str:
-    """One sentence per model: which findings hold for it and which do not."""
+    """One sentence per model: which findings hold for it."""
     sentences = []
     for name in results[0].verdicts:
-        split: Mapping[bool, list[str]] = {
-            holds: [finding.title for finding in results if finding.verdicts[name].holds is holds]
-            for holds in (True, False)
-        }
-        sentences.append(
-            f"*{name}*: {len(split[True])} of {len(split[True]) + len(split[False])} findings hold"
-            + (f" ({', '.join(split[True])})" if split[True] else "")
-            + (f"; not {', '.join(split[False])}." if split[False] else ".")
-        )
+        holding = [finding.title for finding in results if finding.verdicts[name].holds]
+        judged = sum(finding.verdicts[name].holds is not None for finding in results)
+        what = f": {', '.join(holding)}" if holding else ""
+        sentences.append(f"{name}: {len(holding)} of {judged} findings hold{what}.")
     return "\n\n".join(sentences)
 
 
-def captions(analyses: Sequence[Analysis], boundaries: Sequence[int], rank_stride: int) -> dict[str, str]:
-    """Says what every figure shows and what is seen in it, by the name of its file."""
+def captions(analyses: Sequence[Analysis], boundaries: Sequence[int], rank_stride: int) -> dict[str, list[str]]:
+    """Says what every figure shows, and in a list what is seen in it of each model, by the name of its file."""
     metric, reference = score_name(analyses), analyses[0]
     lines = f"Dotted lines: phase boundaries after layers {', '.join(map(str, boundaries))}. " if boundaries else ""
     bands = "Bands: one standard deviation over images. "
@@ -330,11 +327,14 @@ def captions(analyses: Sequence[Analysis], boundaries: Sequence[int], rank_strid
         "the thresholds behind it. " + _each(analyses, _seen_depth),
     }
     present = {"epsilon.png": any(a.fidelity for a in analyses), "class_angles.png": angles is not None}
-    return {name: text for name, text in result.items() if present.get(name, True)}
+    # the sentences, then the list
+    return {
+        name: [part.strip() for part in text.split("\n\n")] for name, text in result.items() if present.get(name, True)
+    }
 
 
 def _each(analyses: Sequence[Analysis], seen: Callable[[Analysis], str]) -> str:
-    return " ".join(f"*{a.name}*: {seen(a)}." for a in analyses)
+    return "\n\n" + "\n".join(f"- {a.name}: {seen(a)}." for a in analyses)
 
 
 def _seen_directions(a: Analysis) -> str:

@@ -10,9 +10,9 @@ from raptor_hf.dynamics.extrapolation import DepthExtrapolation, EarlyExit, exit
 from raptor_hf.dynamics.interventions import (
     EditExperiment,
     Perturbation,
-    bootstrap_interval,
     contraction_rate,
     layer_edits,
+    mean_interval,
 )
 from raptor_hf.phases import Partition
 from raptor_hf.teacher import Teacher
@@ -193,12 +193,12 @@ def test_without_labels_there_is_agreement_and_without_a_classifier_the_cosine()
 
 def test_interval_is_the_percentile_bootstrap():
     values = np.random.default_rng(0).normal(5, 2, 400).tolist()
-    interval = bootstrap_interval(values)
+    interval = mean_interval(values)
     half = 1.96 * np.std(values) / 20
     assert interval.mean == pytest.approx(np.mean(values)) and interval.count == 400
     assert interval.low == pytest.approx(np.mean(values) - half, abs=0.05)
     assert interval.high == pytest.approx(np.mean(values) + half, abs=0.05)
-    single = bootstrap_interval([0.25])
+    single = mean_interval([0.25])
     assert single.low == single.high == single.mean == 0.25
 
 

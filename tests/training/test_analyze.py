@@ -129,7 +129,13 @@ def test_report_compares_teacher_student_and_untrained_network(student_folder, t
     assert len(teacher["dynamics"]["gamma"]["cls"]["mean"]) == 13
     assert teacher["dynamics"]["gamma"]["cls"]["mean"][-1] == pytest.approx(1, abs=1e-4)
     assert {f["title"] for f in numbers["findings"]} >= {"S-curve of directions", "rank collapse", "self-correction"}
-    assert all(f"**{f['title']}**" in text for f in numbers["findings"])
+    for finding in numbers["findings"]:
+        evidence = finding["verdicts"]["teacher"]["evidence"]
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| **{finding['title']}** |"))
+        assert row.endswith(f"| {evidence} |")
+    first_lines = text.split("\n\n")[1].splitlines()
+    assert first_lines[0].startswith("- teacher: a dinov2_with_registers model of 12 layers, 96 wide with 4 heads")
+    assert any("The paper's findings are of DINOv2 ViT-B/14" in line for line in first_lines[1:])
 
 
 def test_a_report_is_replaced_whole_and_other_folders_are_left_alone(tmp_path, monkeypatch):

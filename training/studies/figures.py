@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from raptor_hf.figures import mean_and_deviation
+from raptor_hf.figures import mean_and_deviation, saved
 
 from .frontier import Point, pareto
 
@@ -60,7 +60,7 @@ def plot_ladder(
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9, loc="best")
-    return _saved(figure, path)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def plot_convergence(
@@ -93,7 +93,7 @@ def plot_convergence(
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("R\N{SUPERSCRIPT TWO} of the student's states")
     panels[1].legend(frameon=False, fontsize=9, loc="lower right")
-    return _saved(figure, path)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def plot_trade_off(
@@ -136,7 +136,7 @@ def plot_trade_off(
         if column == 0:
             axes.set_ylabel(f"R\N{SUPERSCRIPT TWO}, {title}")
     grid[0, 0].legend(frameon=False, fontsize=9, loc="lower right")
-    return _saved(figure, path)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def plot_partitions(
@@ -168,7 +168,7 @@ def plot_partitions(
         axes.set(ylabel=name, xlabel="number of blocks" if all(label.startswith("k=") for label in draws) else "")
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def plot_frontier(
@@ -205,7 +205,7 @@ def plot_frontier(
         axes.margins(x=0.08)
     handles = {handle.get_label(): handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]}
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def _plot_series(axes: Axes, index: int, name: str, line: Sequence[Point], score: str) -> None:
@@ -258,16 +258,9 @@ def plot_time_to_fidelity(
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
-    return _saved(figure, path)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def _shared_scores(values: Sequence[Mapping[str, Any]]) -> list[str]:
     """The scores that all of these have; those that have an axis."""
     return [score for score in AXES if all(scores.get(score) is not None for scores in values)]
-
-
-def _saved(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    """The figure, written to a file if there is one to write."""
-    if path is not None:
-        figure.savefig(path, dpi=200, bbox_inches="tight")
-    return figure

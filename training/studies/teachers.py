@@ -21,6 +21,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from raptor_hf.figures import saved
 from raptor_hf.phases import as_distance_matrix
 
 from .conclusions import Record, by_variant
@@ -296,9 +297,7 @@ def plot_teacher_study(study: Study, records: Sequence[Record], path: str | os.P
     _draw_scatter(figure.axes[-1], study, records)
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    if path is not None:
-        figure.savefig(path, dpi=150)
-    return figure
+    return saved(figure, path, dpi=150)
 
 
 def _panels(records: Sequence[Record]) -> list[tuple[str, float, list[tuple[str, str]]]]:

@@ -1,4 +1,4 @@
-"""How sure a comparison is: bootstrap intervals of differences and rank correlations, by scipy.stats.
+"""How sure a comparison is: bootstrap intervals of differences and rank correlations.
 
     interval = difference_interval([0.975, 0.974, 0.976], [0.981, 0.979, 0.980])
     f"{interval.value:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
@@ -8,15 +8,14 @@ usual number here, such intervals are too narrow (they have about 80 % coverage)
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 from scipy import stats
 
-NUM_RESAMPLES = 2000
-CONFIDENCE = 0.95
+from raptor_hf.metrics import CONFIDENCE, bootstrap_interval
+
 # what every report says of them
 INTERVALS = (
     f"{100 * CONFIDENCE:g} % bootstrap intervals, too narrow for so few seeds and not corrected for the number of "
@@ -30,7 +29,7 @@ class Estimate:
 
     Args:
         value: the estimate from all observations.
-        low: lower end of the percentile interval at `CONFIDENCE`; NaN where it cannot be had.
+        low: lower end of the percentile interval at `CONFIDENCE`; NaN where there is none.
         high: upper end.
     """
 
@@ -60,7 +59,8 @@ def difference_interval(first: Sequence[float], second: Sequence[float]) -> Esti
     # all resamples of equal values are equal: the interval is that point
     if np.ptp(first) == 0 and np.ptp(second) == 0:
         return Estimate(value, value, value)
-    return _bootstrap((first, second), lambda a, b, axis: b.mean(axis=axis) - a.mean(axis=axis), value, paired=False)
+    interval = bootstrap_interval((first, second), lambda a, b, axis: b.mean(axis=axis) - a.mean(axis=axis))
+    return Estimate(value, *interval)
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[str] | None = None) -> Estimate:
@@ -85,16 +85,16 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[st
         return Estimate(math.nan, math.nan, math.nan)
     value = float(stats.spearmanr(x, y).statistic)
     if groups is None:
-        return _bootstrap((x, y), _spearman, value, paired=True)
+        return Estimate(value, *bootstrap_interval((x, y), _spearman, paired=True))
     members = [np.flatnonzero(np.asarray(list(groups)) == name) for name in dict.fromkeys(groups)]
     if len(members) < 2:
         return Estimate(value, math.nan, math.nan)
 
-    def of_drawn(drawn: np.ndarray) -> float:
-        pairs = np.concatenate([members[group] for group in drawn])
-        return float(_spearman(x[pairs], y[pairs], axis=0))
+    def of_drawn(replicas: np.ndarray, axis: int) -> list[float]:
+        pairs = (np.concatenate([members[group] for group in drawn]) for drawn in replicas)
+        return [float(_spearman(x[rows], y[rows], axis=axis)) for rows in pairs]
 
-    return _bootstrap((np.arange(len(members)),), of_drawn, value, paired=False, vectorized=False)
+    return Estimate(value, *bootstrap_interval([np.arange(len(members))], of_drawn))
 
 
 def z_score(value: float, others: Sequence[float]) -> float:
@@ -115,27 +115,6 @@ def _spearman(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
     scale = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
     # a resample in which either does not vary has no correlation; it counts as 0
     return np.divide((x * y).sum(axis=axis), scale, out=np.zeros_like(scale), where=scale > 0)
-
-
-def _bootstrap(
-    samples: tuple[np.ndarray, ...],
-    statistic: Callable[..., Any],
-    value: float,
-    *,
-    paired: bool,
-    vectorized: bool = True,
-) -> Estimate:
-    result = stats.bootstrap(
-        samples,
-        statistic,
-        n_resamples=NUM_RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        paired=paired,
-        vectorized=vectorized,
-        rng=np.random.default_rng(0),
-    )
-    return Estimate(value, float(result.confidence_interval.low), float(result.confidence_interval.high))
 
 
 def _checked(name: str, values: Sequence[float], least: int) -> np.ndarray:
