@@ -10,10 +10,11 @@ block per layer), so that teacher and student are measured, saved and loaded ali
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,12 @@ class Protocol:
         head: class of the model with the head.
         metrics: what is measured, as the task's accumulator names it, and whether more of it is better; the published
             number first.
-        settings: of the recipe: epochs, batch_size, learning_rate, weight_decay, warmup_steps, augment; and image_size,
-            in pixels, where it is not the model's own.
+        settings: of the recipe, by their names.
     """
 
     head: type[RaptorPreTrainedModel]
     metrics: Mapping[str, bool]
-    settings: Mapping[str, float | str]
+    settings: Mapping[str, float | str | list[float]]
 
 
 HEADS = {
@@ -61,6 +61,35 @@ HEADS = {
     "depth-estimation": RaptorForDepthEstimation,
 }
 PROTOCOLS = {task: Protocol(head, METRICS[task], PUBLISHED[task]) for task, head in HEADS.items()}
+
+
+def scheduled_rate(
+    step: int,
+    *,
+    num_steps: int,
+    base_lr: float,
+    schedule: Literal["cosine", "constant"],
+    warmup_steps: int,
+    start_fraction: float,
+    final_fraction: float,
+) -> float:
+    """Learning rate of one step, as torch's LinearLR and then CosineAnnealingLR over all steps that are left set it.
+
+    Args:
+        step: 0-based.
+        num_steps: N; the cosine would end at step N, one after the last.
+        base_lr: the full rate, which step `warmup_steps` has.
+        schedule: what follows the warm-up.
+        warmup_steps: W, over which the rate rises in a line; 0 for none.
+        start_fraction: of the full rate, that step 0 of a warm-up has.
+        final_fraction: of the full rate, that the cosine ends with.
+    """
+    if step < warmup_steps:
+        return base_lr * (start_fraction + (1 - start_fraction) * step / warmup_steps)
+    if schedule == "constant":
+        return base_lr
+    wave = 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (num_steps - warmup_steps)))
+    return base_lr * (final_fraction + (1 - final_fraction) * wave)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from raptor_settings.probe import PUBLISHED
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from raptor_hf import RaptorForDepthEstimation, RaptorForImageClassification, RaptorForSemanticSegmentation
 from raptor_hf.hub.heads import save_head
@@ -19,6 +21,7 @@ from raptor_hf.probing import (
     load_backbone,
     make_probe,
     pool_features,
+    scheduled_rate,
 )
 from tests.support.tiny_models import images, tiny_dinov2
 from tests.support.tiny_raptors import tiny_images, tiny_labels, tiny_model
@@ -225,3 +228,25 @@ def test_bank_bytes_bounds_what_a_bank_takes(task):
     bank = pool_features(probe, [batch], torch.device("cpu"))
     actual = bank.features.numel() * 4 + labels.numel() * 8
     assert actual <= bank_bytes(probe, task, 2, (16, 16)) <= 1.2 * actual
+
+
+@pytest.mark.parametrize("num_steps", [101, 130, 400])
+def test_the_published_schedule_is_torchs_warm_up_and_cosine(num_steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1e-3)
+    warmup = LinearLR(optimizer, start_factor=0.01, total_iters=100)
+    cosine = CosineAnnealingLR(optimizer, T_max=num_steps - 100, eta_min=1e-5)
+    scheduler = SequentialLR(optimizer, [warmup, cosine], milestones=[100])
+    published = PUBLISHED["semantic-segmentation"]
+    settings = {name: published[name] for name in ("schedule", "warmup_steps", "start_fraction", "final_fraction")}
+    for step in range(num_steps):
+        rate = scheduled_rate(step, num_steps=num_steps, base_lr=1e-3, **settings)
+        assert rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-6), step
+        optimizer.step()
+        scheduler.step()
+
+
+def test_a_constant_rate_is_constant_from_the_first_step():
+    settings = {name: PUBLISHED["depth-estimation"][name] for name in ("schedule", "warmup_steps")}
+    fractions = {"start_fraction": 0.01, "final_fraction": 0.01}
+    rates = {scheduled_rate(step, num_steps=50, base_lr=1e-3, **settings, **fractions) for step in range(50)}
+    assert rates == {1e-3}

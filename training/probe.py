@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import functools
 import logging
+import math
 import shlex
 import statistics
 import sys
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from PIL.Image import Resampling
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -45,9 +47,9 @@ from raptor_hf.configuration_raptor import as_pair
 from raptor_hf.data.dense import DenseSet, open_dense
 from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, open_images
 from raptor_hf.data.labels import keep_labelled, match_classes, name_classes, names_in_order
-from raptor_hf.data.loaders import EpochOrder, ImageLoader, eval_loader, train_loader
+from raptor_hf.data.loaders import EpochOrder, ImageLoader, Steps, eval_loader, train_loader
 from raptor_hf.data.sources import open_splits
-from raptor_hf.data.transforms import CropFlip, DepthCollate, SegmentationCollate
+from raptor_hf.data.transforms import Augmentations, ColorJitter, CropFlip, DepthCollate, SegmentationCollate
 from raptor_hf.hub.heads import check_head, check_variant, list_heads, save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.metrics import NYU_SIZE
@@ -63,13 +65,13 @@ from raptor_hf.probing import (
     load_backbone,
     make_probe,
     pool_features,
+    scheduled_rate,
 )
 from raptor_hf.recipes.files import as_plain, write_json, written_beside
 from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_model
 from raptor_hf.recipes.loop import (
     IntervalLog,
     NonFiniteGuard,
-    cosine_schedule,
     describe_environment,
     is_step_finite,
     progress_bar,
@@ -142,6 +144,7 @@ class Inputs:
         num_train_images: N.
         test_split: name of the split that the metrics are for.
         num_test_images: of that split.
+        steps: which images make up a step.
         num_steps: of one head.
         fingerprint: of the training images.
     """
@@ -158,6 +161,7 @@ class Inputs:
     num_train_images: int
     test_split: str
     num_test_images: int
+    steps: Steps
     num_steps: int
     fingerprint: str
 
@@ -201,7 +205,8 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
         max_depth=settings.max_depth,
     )
     initialize_head(probe, settings.seeds[0], start)
-    num_steps = max(1, round(settings.epochs * train_images.num_images / settings.batch_size))
+    steps = Steps(train_images.num_images, settings.batch_size, settings.last_batch, accelerator.num_processes)
+    num_steps = settings.epochs * steps.per_epoch
     if settings.warmup_steps >= num_steps:
         raise ValueError(
             f"warmup_steps is {settings.warmup_steps}; it must be below the {num_steps} steps that {settings.epochs} "
@@ -227,6 +232,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
             batch_size=settings.batch_size,
             collate=collate,
             augment=augment,
+            last_batch=settings.last_batch,
             **share,
         ),
         plain_batches=once(train_images, processor),
@@ -234,6 +240,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
         num_train_images=train_images.num_images,
         test_split=test_images.split,
         num_test_images=test_images.num_images,
+        steps=steps,
         num_steps=num_steps,
         fingerprint=fingerprint_dataset(train_images),
     )
@@ -276,7 +283,9 @@ def open_split(settings: ProbeSettings, split: str) -> ImageSet | DenseSet:
         target_column=settings.label_column,
         num_classes=settings.num_classes,
         ignore_label=settings.ignore_label,
-        depth_unit=settings.depth_unit,
+        depth_unit=settings.depth_unit
+        if split == settings.train_split
+        else settings.test_depth_unit or settings.depth_unit,
         **sources,
     )
     depth_range = (settings.min_depth, settings.max_depth) if settings.task == "depth-estimation" else None
@@ -316,18 +325,27 @@ def image_pipeline(
 ) -> tuple[Callable | None, Callable | None, RaptorImageProcessor]:
     """How images and truth become batches: collate, augmentation, and the processor of augmented images."""
     side, patch = settings.image_size, patches_of(backbone)[0]
+    interpolation = Resampling[settings.interpolation.upper()]
+    cropped = processor
     if settings.task == "semantic-segmentation":
-        return SegmentationCollate(processor, side), None, processor
-    if settings.task == "depth-estimation":
-        return DepthCollate(processor, patch), None, processor
-    if side is not None:
-        processor.size, processor.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
-    size = check_image_size(processor, patch)
+        collate, size = SegmentationCollate(processor, side, interpolation), side
+    elif settings.task == "depth-estimation":
+        collate, size = DepthCollate(processor, patch), tuple(settings.crop_size)
+    else:
+        processor.resample = interpolation
+        if side is not None:
+            processor.crop_size = {"height": side, "width": side}
+        if side is not None or settings.resize_size is not None:
+            processor.size = {"shortest_edge": settings.resize_size or side}
+        collate, size = None, check_image_size(processor, patch)
+        cropped = copy.deepcopy(processor)
+        cropped.do_resize = cropped.do_center_crop = False
     if settings.augment == "none":
-        return None, None, processor
-    cropped = copy.deepcopy(processor)
-    cropped.do_resize = cropped.do_center_crop = False
-    return None, CropFlip(size), cropped
+        return collate, None, processor
+    area, ratio = tuple(settings.crop_area), tuple(settings.crop_ratio)
+    crop = CropFlip(size, area, ratio, interpolation, settings.flip_probability)
+    jitter = (ColorJitter(*settings.color_jitter),) if any(settings.color_jitter) else ()
+    return collate, Augmentations((crop, *jitter)), cropped
 
 
 def patches_of(backbone: Backbone) -> tuple[int, int]:
@@ -438,15 +456,17 @@ class Run:
         if len(self.evaluations) == self.seed_index:
             self.evaluations.append([])
         guard = NonFiniteGuard(settings.max_nonfinite_steps)
-        ends = {round(epoch * self.num_steps / settings.epochs): epoch for epoch in range(1, settings.epochs + 1)}
+        ends = {epoch * self.inputs.steps.per_epoch: epoch for epoch in range(1, settings.epochs + 1)}
         bar = progress_bar(self.batches(seed), f"seed {seed}", accelerator, self.num_steps, self.step)
         for step, batch in enumerate(bar, start=self.step):
-            lr = cosine_schedule(
+            lr = scheduled_rate(
                 step,
                 num_steps=self.num_steps,
-                warmup_steps=settings.warmup_steps,
                 base_lr=settings.learning_rate,
-                final_lr=settings.final_learning_rate,
+                schedule=settings.schedule,
+                warmup_steps=settings.warmup_steps,
+                start_fraction=settings.start_fraction,
+                final_fraction=settings.final_fraction,
             )
             set_learning_rate(self.optimizer, lr)
             loss, _ = self.probe(
@@ -455,7 +475,9 @@ class Run:
                 batch["labels"].to(accelerator.device, non_blocking=True),
             )
             accelerator.backward(loss)
-            norm = accelerator.clip_grad_norm_(self.unwrapped.head.parameters(), settings.max_grad_norm)
+            # a limit of infinity changes no gradient, but fp16's scale is taken out and the norm is known
+            limit = settings.max_grad_norm or math.inf
+            norm = accelerator.clip_grad_norm_(self.unwrapped.head.parameters(), limit)
             is_finite = is_step_finite(accelerator, loss, loss.isfinite() & norm.isfinite())
             if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
@@ -470,7 +492,7 @@ class Run:
 
     def batches(self, seed: int) -> Iterator[dict[str, Any]]:
         """Features and labels of this process's share of every step that is left, in the order of `train_loader`."""
-        settings, accelerator = self.settings, self.accelerator
+        accelerator = self.accelerator
         if "train" not in self.banks:
             loader = self.inputs.train_batches(seed=seed, num_steps=self.num_steps, start_step=self.step)
             loader.failures.reasons.update(self.failures)
@@ -481,10 +503,10 @@ class Run:
                 yield {"features": features, "labels": batch["labels"], "names": batch["names"]}
             return
         bank = self.banks["train"]
-        order, share = EpochOrder(bank.num_images, seed), settings.batch_size // accelerator.num_processes
+        # of the images that could be read
+        order, steps = EpochOrder(bank.num_images, seed), self.inputs.steps
         for step in range(self.step, self.num_steps):
-            first = step * settings.batch_size + accelerator.process_index * share
-            rows = [order(position) for position in range(first, first + share)]
+            rows = [order(position) for position in steps.positions(step, accelerator.process_index)]
             yield {
                 "features": bank.features[rows],
                 "labels": bank.labels[rows],

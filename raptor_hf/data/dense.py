@@ -221,7 +221,8 @@ class DenseSet:
                 f"holds integers, 0 to {values.max()}, whose unit it does not tell; give depth_unit, metres per step, "
                 "such as 0.001 for millimetres, as in NYUv2"
             )
-        depth = values.astype(np.float32) * np.float32(1.0 if self.depth_unit is None else self.depth_unit)
+        # in double precision, so that the largest depth of bytes, 255 * (10 / 255), is not beyond 10 m
+        depth = (values * np.float64(1.0 if self.depth_unit is None else self.depth_unit)).astype(np.float32)
         depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(0))
         if not depth.any():
             raise ValueError("holds no valid depth, which is finite and above 0")
@@ -250,6 +251,8 @@ def open_dense(
             - `"scenes"`: the embedded stand-in, see `raptor_hf.data.scenes`;
             - a local folder as ADE20k's ADEChallengeData2016: `images/SPLIT/NAME.jpg` and `annotations/SPLIT/NAME.png`,
               with the splits "training" and "validation", and `objectInfo150.txt` for the names of the classes;
+            - a local folder as NYUv2 is at Kaggle: the lists of pairs `data/nyu2_SPLIT.csv` with the splits "train" and
+              "test", whose depth is in bytes (255 is 10 m) and in 16-bit millimetres;
             - a local folder as NYUv2 is laid out for depth networks: `official_splits/SPLIT/SCENE/rgb_N.jpg` and
               `sync_depth_N.png`, with the splits "train" and "test". A list of pairs beside it,
               `nyudepthv2_SPLIT_files_with_gt.txt` of BTS or `nyu_SPLIT.txt` of the Monocular Depth Toolbox, takes
@@ -262,7 +265,7 @@ def open_dense(
         image_column: column of images, bytes or paths; found by its type if None.
         target_column: column of masks or depth maps, images too; found by its name if None.
         depth_unit: metres per unit of the stored depth; required where it is stored in integers, 0.001 for NYUv2's
-            millimetres. None takes floating point for metres.
+            millimetres, 10 / 255 for Kaggle's bytes. None takes floating point for metres.
         num_classes: C, at most 255. None is what the data set tells: 150 for ADE20k; other files do not tell.
         ignore_label: stored label of the pixels without a class; if it is 0, classes are stored as 1 .. C. None is 0
             for ADE20k and 255 for everything else.
@@ -373,7 +376,7 @@ def _ade_class_names(folder: Path) -> list[str]:
 
 
 def _nyu_lists(folder: Path, split: str) -> list[Path]:
-    names = (f"nyudepthv2_{split}_files_with_gt.txt", f"nyu_{split}.txt")
+    names = (f"nyudepthv2_{split}_files_with_gt.txt", f"nyu_{split}.txt", f"data/nyu2_{split}.csv", f"nyu2_{split}.csv")
     return [folder / name for name in names if (folder / name).is_file()]
 
 
@@ -388,15 +391,16 @@ def _nyu_pairs(folder: Path, split: str) -> list[tuple[Path, Path]]:
         images = sorted((folder / "official_splits" / split).glob("*/rgb_*.jpg"))
         pairs = [(path, path.with_name(f"sync_depth_{path.stem.removeprefix('rgb_')}.png")) for path in images]
         return _all_there(pairs, [target for _, target in pairs if not target.is_file()], folder, split)
-    lines = [line.split() for line in lists[0].read_text(encoding="utf-8").splitlines() if line.strip()]
+    separator = "," if lists[0].suffix == ".csv" else None
+    lines = lists[0].read_text(encoding="utf-8-sig").splitlines()
+    lines = [[field.strip() for field in line.split(separator)] for line in lines if line.strip()]
     for number, fields in enumerate(lines, start=1):
         if len(fields) < 2:
-            raise ValueError(
-                f"line {number} of {lists[0]} must be an image, its depth map and a focal length: {fields}"
-            )
+            raise ValueError(f"line {number} of {lists[0]} must be an image and its depth map: {fields}")
     pairs = [(fields[0].lstrip("/"), fields[1].lstrip("/")) for fields in lines]
     # `sync` holds training images only, but scenes of the same names as the test images
     bases = [folder, *[folder / "sync"] * (split == "train"), folder / "official_splits" / split, folder / split]
+    bases += [folder.parent] if separator else []  # Kaggle's paths begin with data/, also for who opens data/ itself
     base = next((base for base in bases if any((base / image).is_file() for image, _ in pairs[:100])), None)
     if base is None:
         raise FileNotFoundError(

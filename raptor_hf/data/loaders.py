@@ -18,7 +18,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import PIL.Image
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Image, its label or map, and the generator of its place in the sequence -> image and label or map.
 Augment = Callable[[PIL.Image.Image, Any, np.random.Generator], tuple[PIL.Image.Image, Any]]
+LastBatch = Literal["join", "drop", "keep"]
 # Images and their labels or maps -> the tensors of a batch.
 Collate = Callable[[list[PIL.Image.Image], list[Any]], dict[str, Tensor]]
 
@@ -149,6 +150,7 @@ def train_loader(
     augment: Augment | None = None,
     collate: Collate | None = None,
     pin_memory: bool = False,
+    last_batch: LastBatch = "join",
 ) -> ImageLoader:
     """Makes the batches of a training run, or of the rest of one.
 
@@ -176,6 +178,7 @@ def train_loader(
         collate: makes tensors of the images and labels or maps of a batch, as those of `transforms` do; None
             is the processor, and class labels as they are.
         pin_memory: whether batches come in page-locked memory, which a GPU reads faster; of no effect without CUDA.
+        last_batch: as in `Steps`; with another value than "join", batches may be smaller and epochs shorter.
 
     Returns:
         The loader, with `num_steps - start_step` batches of B / n images.
@@ -194,11 +197,13 @@ def train_loader(
     generator = torch.Generator().manual_seed(seed)
     options = {"num_workers": num_workers, "generator": generator, "pin_memory": pin_memory}
     if images.streaming:
+        if last_batch != "join":
+            raise ValueError(f"last_batch={last_batch!r}: a stream does not tell where an epoch ends")
         rows = _Stream(images.dataset, seed if shuffle else None, shuffle_buffer)
         stream = _StreamedSteps(reader, rows, size, start_step, num_steps, process_index, num_processes)
         return _image_loader(stream, max_failures, **options)
-    starts = (step * batch_size + process_index * size for step in range(start_step, num_steps))
-    positions = [range(start, start + size) for start in starts]
+    steps = Steps(images.num_images, batch_size, last_batch, num_processes)
+    positions = [steps.positions(step, process_index) for step in range(start_step, num_steps)]
     order = EpochOrder(images.num_images, seed if shuffle else None)
     return _image_loader(_Batches(reader, order), max_failures, sampler=positions, **options)
 
@@ -254,6 +259,54 @@ def eval_loader(
     first, end = (count * index // num_processes for index in (process_index, process_index + 1))
     positions = [range(start, min(start + size, end)) for start in range(first, end, size)]
     return _image_loader(_Batches(reader, None), max_failures, sampler=positions, **options)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Which positions of the endless sequence of epochs make up a step.
+
+    Args:
+        num_images: N, length of an epoch.
+        batch_size: B, images per step in all processes together.
+        last_batch: what becomes of the N % B images that fill no batch: "join" makes a batch of them and the first of
+            the next epoch; "drop" leaves them out; "keep" makes a smaller batch of them, or of as many of them as
+            divide among the processes.
+        num_processes: n.
+
+    Raises:
+        ValueError: if "drop" leaves nothing.
+    """
+
+    num_images: int
+    batch_size: int
+    last_batch: LastBatch = "join"
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.last_batch == "drop" and self.num_images < self.batch_size:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be at most the {self.num_images} images, as last batches "
+                "that are not full are dropped"
+            )
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps that one pass over the images takes, rounded to the nearest where batches go on into the next."""
+        if self.last_batch == "join":
+            return max(1, round(self.num_images / self.batch_size))
+        whole, rest = divmod(self.num_images, self.batch_size)
+        return whole + (self.last_batch == "keep" and rest >= self.num_processes)
+
+    def positions(self, step: int, process_index: int = 0) -> range:
+        """Returns the positions of one process in a step."""
+        if self.last_batch == "join":
+            first, size = step * self.batch_size, self.batch_size
+        else:
+            epoch, index = divmod(step, self.per_epoch)
+            first = epoch * self.num_images + index * self.batch_size
+            size = min(self.batch_size, self.num_images - index * self.batch_size)
+        share = size // self.num_processes
+        return range(first + process_index * share, first + (process_index + 1) * share)
 
 
 class EpochOrder:

@@ -1,6 +1,6 @@
 """Images and their truth made to fit a probe: augmentation of one image, and batches of images with maps.
 
-    augment = CropFlip(224)                            # the published augmentation of the classification probe
+    augment = Augmentations((CropFlip(224), ColorJitter(0.2, 0.2, 0.2, 0.1)))
     image, label = augment(image, label, np.random.default_rng((seed, position)))
     collate = SegmentationCollate(processor, 518)
     collate(images, masks)["labels"]                   # (b, 518, 518)
@@ -8,6 +8,11 @@
 A target that is an array (H, W), a mask or a depth map, goes through the geometry of its image, to the nearest
 neighbour, so that no class or depth arises that was not there. A target of another kind, a class label or None, is
 handed on.
+
+Where the published protocols name torchvision's transforms, these follow what torchvision does with PIL images: the
+draws of `RandomResizedCrop.get_params`, Pillow's filters, which look at all pixels under a new one (tensors need
+`antialias=True` for that), Pillow's nearest pixel, and the four changes of `ColorJitter` in a random order. The random
+numbers are NumPy's, so a crop has the published distribution, not the published bits.
 """
 
 import math
@@ -19,6 +24,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from PIL import ImageEnhance
 from PIL.Image import Resampling
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
@@ -32,7 +38,8 @@ class CropFlip:
 
     Args:
         size: side of the resulting square, or (height, width), in pixels.
-        scale: smallest and largest area of the part, as a fraction of the image's.
+        scale: smallest and largest area of the part, as a fraction of the image's; what is larger than the image is
+            drawn again.
         ratio: smallest and largest width / height of the part.
         interpolation: Pillow's filter for the image.
         flip_probability: of mirroring left and right.
@@ -49,8 +56,10 @@ class CropFlip:
 
     def __post_init__(self) -> None:
         _as_size(self.size)
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ValueError(f"scale={self.scale} must be (smallest, largest) with 0 < smallest <= largest <= 1")
+        if not (0 < self.scale[0] <= self.scale[1] and self.scale[0] <= 1):
+            raise ValueError(
+                f"scale={self.scale} must be (smallest, largest) with 0 < smallest <= largest, smallest <= 1"
+            )
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio={self.ratio} must be (smallest, largest) with 0 < smallest <= largest")
         if not 0 <= self.flip_probability <= 1:
@@ -81,6 +90,81 @@ class CropFlip:
         if generator.random() < self.flip_probability:
             image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
             target = target[:, ::-1].copy() if isinstance(target, np.ndarray) else target
+        return image, target
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Random changes of an image's colours, in a random order; its target stays (torchvision's transform of this name).
+
+    Args:
+        brightness: b; colours are multiplied by a factor uniform in [1 - b, 1 + b], at least 0.
+        contrast: the same of the distance from the image's mean gray.
+        saturation: the same of the distance from each pixel's gray.
+        hue: h; hues turn by an angle uniform in [-h, h], in turns, at most 0.5.
+
+    Raises:
+        ValueError: if a number is negative or `hue` is above 0.5.
+    """
+
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.brightness, self.contrast, self.saturation, self.hue) < 0 or self.hue > 0.5:
+            raise ValueError(f"{self} must have no negative number, and hue at most 0.5")
+
+    def __call__(
+        self, image: PIL.Image.Image, target: Any, generator: np.random.Generator
+    ) -> tuple[PIL.Image.Image, Any]:
+        """Changes one image.
+
+        Args:
+            image: RGB.
+            target: anything.
+            generator: the only source of randomness: the order, then one factor for each change.
+
+        Returns:
+            Image and target.
+        """
+        order = generator.permutation(4)
+        limits = (self.brightness, self.contrast, self.saturation)
+        factors = [generator.uniform(max(0.0, 1 - limit), 1 + limit) for limit in limits]
+        turn = generator.uniform(-self.hue, self.hue)
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for change in order:
+            if change == 3:
+                image = turn_hue(image, turn) if self.hue else image
+            elif limits[change]:
+                image = enhancers[change](image).enhance(factors[change])
+        return image, target
+
+
+def turn_hue(image: PIL.Image.Image, turn: float) -> PIL.Image.Image:
+    """Turns all hues of an RGB image by so many turns, to 1/256 of one."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = PIL.Image.fromarray(np.asarray(hue) + np.uint8(int(turn * 255) % 256))  # bytes overflow as hues do
+    return PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Augmentations:
+    """Several augmentations, one after the other, with one generator.
+
+    Args:
+        steps: such as `CropFlip` and `ColorJitter`.
+    """
+
+    steps: tuple[CropFlip | ColorJitter, ...]
+
+    def __call__(
+        self, image: PIL.Image.Image, target: Any, generator: np.random.Generator
+    ) -> tuple[PIL.Image.Image, Any]:
+        """Augments one image, as each of the steps does."""
+        for step in self.steps:
+            image, target = step(image, target, generator)
         return image, target
 
 
@@ -158,15 +242,17 @@ def center_pad(values: Tensor, multiple: int, value: float = 0.0) -> Tensor:
 
 @dataclass(frozen=True)
 class SegmentationCollate:
-    """Batches of images and masks, resized to one size: images bicubic, masks to the nearest neighbour.
+    """Batches of images and masks, squashed to one size: images by a filter, masks to the nearest neighbour.
 
     Args:
         processor: of the model; it rescales and normalises, without its own resizing and cropping.
         size: side of the square, or (height, width), in pixels, both multiples of the patch size; 518 is published.
+        interpolation: Pillow's filter for the images; bilinear is published.
     """
 
     processor: BaseImageProcessor
     size: int | tuple[int, int]
+    interpolation: Resampling = Resampling.BILINEAR
 
     def __post_init__(self) -> None:
         _as_size(self.size)
@@ -187,7 +273,7 @@ class SegmentationCollate:
         height, width = _as_size(self.size)
         for image, target in zip(images, targets, strict=True):
             _check_map(image, target)
-        resized = [image.resize((width, height), Resampling.BICUBIC) for image in images]
+        resized = [image.resize((width, height), self.interpolation) for image in images]
         labels = np.stack([resize_nearest(target, (height, width)).astype(np.int64) for target in targets])
         return {"pixel_values": _normalize(self.processor, resized), "labels": torch.from_numpy(labels)}
 

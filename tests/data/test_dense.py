@@ -11,7 +11,7 @@ import pytest
 
 from raptor_hf.data.dense import TargetError, open_dense
 from raptor_hf.data.images import ImageDecodeError
-from tests.support.dense_layouts import ADE_NAMES, noise, write_ade20k, write_nyuv2
+from tests.support.dense_layouts import ADE_NAMES, noise, write_ade20k, write_kaggle_nyuv2, write_nyuv2
 
 SEGMENTATION, DEPTH = "semantic-segmentation", "depth-estimation"
 
@@ -157,6 +157,21 @@ class TestNyu:
                 image, depth = images.decode(index)
                 assert depth.dtype == np.float32 and image.size == (16, 12)
                 np.testing.assert_allclose(depth, stored / 1000, rtol=1e-6)
+
+    @pytest.mark.parametrize("opened", ["", "data"])
+    def test_at_kaggle_is_two_lists_of_pairs_in_two_units(self, tmp_path, opened):
+        metres = write_kaggle_nyuv2(tmp_path)
+        for split, unit in (("train", 10 / 255), ("test", 0.001)):
+            images = open_dense(DEPTH, str(tmp_path / opened), split, depth_unit=unit)
+            images.check(depth_range=(1e-3, 10.0))
+            assert images.num_images == 3
+            for index, expected in enumerate(metres[split]):
+                image, depth = images.decode(index)
+                path = tmp_path / "data" / f"nyu2_{split}" / f"{index}.jpg"
+                assert images.name(index) == str(path)
+                np.testing.assert_allclose(depth, expected, rtol=1e-6)
+                np.testing.assert_array_equal(np.asarray(image), np.asarray(PIL.Image.open(path)))
+                assert depth.max() <= 10.0  # and so no pixel of bytes is beyond the range
 
     def test_a_list_decides_which_images_there_are(self, tmp_path):
         write_nyuv2(tmp_path)

@@ -20,7 +20,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from raptor_hf.data.dense import DenseSet, TargetError, open_dense
 from raptor_hf.data.images import ImageSet, open_images
-from raptor_hf.data.loaders import EpochOrder, TooManyFailuresError, eval_loader, train_loader
+from raptor_hf.data.loaders import EpochOrder, Steps, TooManyFailuresError, eval_loader, train_loader
 from raptor_hf.data.transforms import CropFlip, SegmentationCollate
 from tests.support.dense_layouts import write_ade20k
 
@@ -84,6 +84,47 @@ class TestOrder:
         forward = [EpochOrder(7, seed=3)(position) for position in range(40)]
         order = EpochOrder(7, seed=3)
         assert [order(position) for position in reversed(range(40))] == forward[::-1]
+
+
+class TestSteps:
+    @pytest.mark.parametrize("num_processes", [1, 2])
+    @pytest.mark.parametrize("num_images", [10, 12, 13])
+    def test_dropped_and_kept_last_batches_are_those_of_a_plain_loader(self, num_images, num_processes):
+        for last_batch in ("drop", "keep"):
+            steps = Steps(num_images, 4, last_batch, num_processes)
+            plain = torch.utils.data.DataLoader(range(num_images), 4, drop_last=last_batch == "drop")
+            expected = [batch.tolist() for _ in range(3) for batch in plain if len(batch) >= num_processes]
+            found = [
+                [position for process in range(num_processes) for position in steps.positions(step, process)]
+                for step in range(3 * steps.per_epoch)
+            ]
+            assert steps.per_epoch * 3 == len(expected)
+            for step, (batch, positions) in enumerate(zip(expected, found, strict=True)):
+                whole = len(batch) - len(batch) % num_processes
+                epoch = step // steps.per_epoch
+                assert positions == [epoch * num_images + index for index in batch[:whole]]
+
+    def test_joined_batches_leave_no_image_out(self):
+        steps = Steps(10, 4)
+        assert [list(steps.positions(step)) for step in range(5)] == np.arange(20).reshape(5, 4).tolist()
+
+    def test_nothing_left_is_refused(self):
+        with pytest.raises(ValueError, match="batch_size is 16; it must be at most the 10 images"):
+            Steps(10, 16, "drop")
+
+    def test_a_loader_follows_them_through_a_resume(self, digits, processor):
+        options = {"batch_size": 10, "seed": 1, "num_steps": 9, "last_batch": "keep"}
+        whole = list(train_loader(digits, processor, **options))
+        assert [len(batch["names"]) for batch in whole] == [10, 10, 3] * 3
+        for epoch in range(3):
+            names = [name for batch in whole[3 * epoch : 3 * epoch + 3] for name in batch["names"]]
+            assert sorted(names) == sorted(digits.name(row) for row in range(23))
+        assert_equal(list(train_loader(digits, processor, **options, start_step=4)), whole[4:])
+
+    def test_a_stream_has_no_last_batch(self, processor):
+        images = open_images("digits", "test", streaming=True)
+        with pytest.raises(ValueError, match="last_batch='drop'"):
+            train_loader(images, processor, batch_size=4, seed=0, num_steps=2, last_batch="drop")
 
 
 class TestTraining:

@@ -1,5 +1,7 @@
 """Claims about augmentation and collation: images and their maps keep together, and the numbers are those published."""
 
+import colorsys
+import math
 import pickle
 
 import numpy as np
@@ -7,11 +9,15 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import ImageEnhance
 from PIL.Image import Resampling
+from raptor_settings.probe import PUBLISHED
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf import RaptorImageProcessor
 from raptor_hf.data.transforms import (
+    Augmentations,
+    ColorJitter,
     CropFlip,
     DepthCollate,
     SegmentationCollate,
@@ -153,15 +159,142 @@ def test_nearest_is_that_of_pillow_and_torch(size, new):
     np.testing.assert_array_equal(found, as_torch.numpy().astype(np.int64))
 
 
+def reference_rectangle(size, generator, scale, ratio):
+    """`RandomResizedCrop.get_params` of torchvision, line by line, with NumPy's random numbers."""
+    width, height = size
+    area = height * width
+    for _ in range(10):
+        target_area = area * generator.uniform(scale[0], scale[1])
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(target_area * aspect)), round(math.sqrt(target_area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(generator.integers(0, width - w + 1))
+            return left, int(generator.integers(0, height - h + 1)), w, h
+    in_ratio = width / height
+    if in_ratio < min(ratio):
+        w, h = width, round(width / min(ratio))
+    elif in_ratio > max(ratio):
+        w, h = round(height * max(ratio)), height
+    else:
+        w, h = width, height
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+@pytest.mark.parametrize("size", [(48, 64), (40, 90), (90, 40)])
+@pytest.mark.parametrize("task", sorted(PUBLISHED))
+def test_published_crops_are_those_of_torchvision(task, size):
+    """Area up to 2 at the ratio of the image, as for depth, gives the whole image where ten draws are too large."""
+    area, ratio = (tuple(PUBLISHED[task][name]) for name in ("crop_area", "crop_ratio"))
+    image, target = coordinates(size)
+    whole = 0
+    for seed in range(60):
+        left, top, width, height = reference_rectangle(image.size, rng(seed), area, ratio)
+        part = image.crop((left, top, left + width, top + height)).resize((32, 24), Resampling.BILINEAR)
+        found, places = random_resized_crop(
+            image, target, rng(seed), size=(24, 32), scale=area, ratio=ratio, interpolation=Resampling.BILINEAR
+        )
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(part))
+        stored = PIL.Image.fromarray(target.astype(np.int32)).crop((left, top, left + width, top + height))
+        np.testing.assert_array_equal(places, np.asarray(stored.resize((32, 24), Resampling.NEAREST)))
+        whole += (width, height) == image.size
+    assert task != "depth-estimation" or size != (48, 64) or whole > 0
+
+
+def test_filters_are_those_of_torchvision_with_antialias():
+    image = noise(0, (120, 160))
+    tensor = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None].float()
+    for name, filter in (("bilinear", Resampling.BILINEAR), ("bicubic", Resampling.BICUBIC)):
+        ours = torch.tensor(np.asarray(image.resize((40, 30), filter))).permute(2, 0, 1)[None].float()
+        gaps = {}
+        for antialias in (True, False):
+            theirs = F.interpolate(tensor, size=(30, 40), mode=name, align_corners=False, antialias=antialias)
+            gaps[antialias] = (ours - theirs.clamp(0, 255)).abs().mean().item()
+        assert gaps[True] < 0.5 < 10 < gaps[False]  # of 255
+
+
+class TestColorJitter:
+    @staticmethod
+    def reference(image: PIL.Image.Image, kind: str, factor: float) -> np.ndarray:
+        """The change in floating point, by its definition."""
+        values = np.asarray(image).astype(float)
+        gray = values @ [0.299, 0.587, 0.114]
+        if kind == "brightness":
+            return values * factor
+        if kind == "contrast":
+            return gray.mean() + (values - gray.mean()) * factor
+        if kind == "saturation":
+            return gray[..., None] + (values - gray[..., None]) * factor
+        turned = [colorsys.rgb_to_hsv(*pixel) for pixel in values.reshape(-1, 3) / 255]
+        turned = [colorsys.hsv_to_rgb((hue + factor) % 1, saturation, value) for hue, saturation, value in turned]
+        return 255 * np.array(turned).reshape(values.shape)
+
+    @pytest.mark.parametrize("place, kind", list(enumerate(["brightness", "contrast", "saturation", "hue"])))
+    def test_each_change_is_what_its_name_says(self, place, kind):
+        image = noise(0, (12, 15))
+        for seed in range(5):
+            generator = rng(seed)
+            generator.permutation(4)
+            limits = [0.4 * (kind == name) for name in ("brightness", "contrast", "saturation")]
+            factors = [generator.uniform(1 - limit, 1 + limit) for limit in limits]
+            turn = 0.3 * (kind == "hue")
+            factors.append(generator.uniform(-turn, turn))
+            found, label = ColorJitter(*limits, turn)(image, "label", rng(seed))
+            expected = self.reference(image, kind, factors[place]).clip(0, 255)
+            gap = np.abs(np.asarray(found).astype(float) - expected)
+            assert label == "label" and gap.mean() < (4 if kind == "hue" else 1)
+            assert np.abs(np.asarray(image) - expected).mean() > 3 * gap.mean()  # it does change
+
+    def test_changes_come_in_a_random_order(self):
+        image, jitter = noise(0, (12, 15)), ColorJitter(0.2, 0.2, 0.2, 0.1)
+        enhance = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        orders = set()
+        for seed in range(40):
+            generator = rng(seed)
+            order = generator.permutation(4).tolist()
+            factors = [generator.uniform(0.8, 1.2) for _ in range(3)] + [generator.uniform(-0.1, 0.1)]
+            expected = image
+            for change in order:
+                if change == 3:
+                    hue, saturation, value = np.asarray(expected.convert("HSV")).astype(int).transpose(2, 0, 1)
+                    turned = np.stack([(hue + int(factors[3] * 255)) % 256, saturation, value], axis=-1)
+                    expected = PIL.Image.fromarray(turned.astype(np.uint8), "HSV").convert("RGB")
+                else:
+                    expected = enhance[change](expected).enhance(factors[change])
+            np.testing.assert_array_equal(np.asarray(jitter(image, None, rng(seed))[0]), np.asarray(expected))
+            orders.add(tuple(order))
+        assert len(orders) > 15
+
+    def test_nothing_asked_changes_nothing(self):
+        image = noise(0, (12, 15))
+        np.testing.assert_array_equal(np.asarray(ColorJitter()(image, None, rng())[0]), np.asarray(image))
+
+    @pytest.mark.parametrize("wrong", [{"brightness": -0.1}, {"hue": 0.6}])
+    def test_impossible_numbers_are_refused(self, wrong):
+        with pytest.raises(ValueError, match="no negative number, and hue at most 0.5"):
+            ColorJitter(**wrong)
+
+
+def test_augmentations_share_one_generator_in_their_order():
+    image, depth = noise(0, (30, 40)), rng(1).uniform(1, 9, (30, 40)).astype(np.float32)
+    crop, jitter = CropFlip((10, 12)), ColorJitter(0.2, 0.2, 0.2, 0.1)
+    found = Augmentations((crop, jitter))(image, depth, rng(7))
+    generator = rng(7)
+    expected = jitter(*crop(image, depth, generator), generator)
+    np.testing.assert_array_equal(np.asarray(found[0]), np.asarray(expected[0]))
+    np.testing.assert_array_equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize("processor", PROCESSORS, ids=["raptor", "bit"])
 class TestSegmentationCollate:
-    def test_image_bicubic_mask_nearest_then_normalised(self, processor):
+    @pytest.mark.parametrize("filter", [Resampling.BILINEAR, Resampling.BICUBIC], ids=["bilinear", "bicubic"])
+    def test_image_filtered_mask_nearest_then_normalised(self, processor, filter):
         images = [noise(0, (30, 41)), noise(1, (25, 20))]
         masks = [rng(i).integers(0, 256, (image.height, image.width)) for i, image in enumerate(images)]
-        batch = SegmentationCollate(processor, 28)(images, masks)
+        options = () if filter == Resampling.BILINEAR else (filter,)  # bilinear is the default, as published
+        batch = SegmentationCollate(processor, 28, *options)(images, masks)
         assert batch["pixel_values"].dtype == torch.float32 and batch["labels"].dtype == torch.int64
         for i in range(2):
-            expected = normalized(processor, images[i].resize((28, 28), Resampling.BICUBIC))
+            expected = normalized(processor, images[i].resize((28, 28), filter))
             torch.testing.assert_close(batch["pixel_values"][i].double(), expected, atol=1e-5, rtol=0)
             nearest = PIL.Image.fromarray(masks[i].astype(np.int32)).resize((28, 28), Resampling.NEAREST)
             assert batch["labels"][i].tolist() == np.asarray(nearest).tolist()

@@ -1,4 +1,4 @@
-"""Tiny folders laid out exactly as ADE20k (ADEChallengeData2016) and NYUv2 (as prepared for depth networks) are."""
+"""Tiny folders laid out exactly as ADE20k (ADEChallengeData2016) and NYUv2 (for depth networks, and at Kaggle) are."""
 
 from pathlib import Path
 
@@ -57,3 +57,26 @@ def write_nyuv2(folder: Path, *, lists: bool = False, size: tuple[int, int] = (1
         if lists:
             (folder / f"nyudepthv2_{split}_files_with_gt.txt").write_text("".join(lines))
     return depths
+
+
+def write_kaggle_nyuv2(
+    folder: Path, num_images: int = 3, size: tuple[int, int] = (12, 16)
+) -> dict[str, list[np.ndarray]]:
+    """Kaggle's copy: lists of pairs, depth in bytes for training and 16-bit millimetres for testing; returns metres."""
+    metres = {}
+    for split in ("train", "test"):
+        base, lines, metres[split] = folder / "data" / f"nyu2_{split}", [], []
+        base.mkdir(parents=True)
+        for i in range(num_images):
+            generator = np.random.default_rng(i + 10 * len(split))
+            if split == "train":
+                stored, unit = generator.integers(20, 256, size, dtype=np.uint8), 10 / 255
+                stored[0, 0] = 255  # the largest depth, 10 m
+            else:
+                stored, unit = generator.integers(700, 9900, size).astype(np.uint16), 0.001
+            noise(i, size).save(base / f"{i}.jpg")
+            PIL.Image.fromarray(stored).save(base / f"{i}.png")
+            lines.append(f"data/nyu2_{split}/{i}.jpg,data/nyu2_{split}/{i}.png\n")
+            metres[split].append(stored * unit)
+        (folder / "data" / f"nyu2_{split}.csv").write_text("".join(lines))
+    return metres

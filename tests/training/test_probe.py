@@ -8,7 +8,6 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from safetensors.torch import load_file
 from transformers import (
@@ -293,7 +292,11 @@ def test_a_loss_that_is_not_finite_never_reaches_the_head(run, teacher, monkeypa
         ({"num_layers": 2}, "only a teacher can be cut"),
         ({"image_size": 7}, "multiple|patch"),
         ({"label_column": "name"}, "name"),
-        ({"task": "depth-estimation", "augment": "crop_flip"}, "augment is"),
+        ({"crop_size": [8, 8]}, "crop_size is [8, 8]; it goes with depth-estimation"),
+        ({"crop_area": [0.5, 0.1]}, "crop_area is [0.5, 0.1]; it must be two numbers, smallest and largest"),
+        ({"color_jitter": [0, 0, 0, 0.7]}, "color_jitter is"),
+        ({"resize_size": 7, "image_size": 8}, "resize_size is 7"),
+        ({"batch_size": 128, "last_batch": "drop"}, "batch_size is 128; it must be at most the 96 images"),
         ({"metric": "f1"}, "metric is 'f1'; those of image-classification are accuracy, top5_accuracy"),
         ({"variant": "teacher"}, "variant is 'teacher'"),
         ({"quick_checks": True, "augment": "crop_flip"}, "quick_checks"),
@@ -355,23 +358,31 @@ def test_every_config_is_valid_and_says_what_it_costs(path):
     settings = parse_settings(ProbeSettings, [str(path)], exit_on_error=False)
     assert all(word in path.read_text() for word in ("training/probe.py", "Costs"))
     for name, value in PROTOCOLS[settings.task].settings.items():
-        if path.stem in ("probe_imagenet", "probe_ade20k", "probe_nyuv2"):
+        if path.stem in ("imagenet", "ade20k", "nyuv2"):
             assert getattr(settings, name) == value, name
 
 
 def test_published_protocols_are_those_of_the_paper():
-    settings = {task: protocol.settings for task, protocol in PROTOCOLS.items()}
-    assert settings["image-classification"] == yaml.safe_load(
-        "{epochs: 15, batch_size: 512, learning_rate: 0.0001, weight_decay: 0.01, warmup_steps: 100,"
-        " augment: crop_flip}"
-    )
-    assert settings["semantic-segmentation"] == yaml.safe_load(
-        "{epochs: 10, batch_size: 32, learning_rate: 0.001, weight_decay: 0.01, warmup_steps: 0, image_size: 518,"
-        " augment: none}"
-    )
-    assert settings["depth-estimation"] == yaml.safe_load(
-        "{epochs: 25, batch_size: 128, learning_rate: 0.001, weight_decay: 0.001, warmup_steps: 0, augment: none}"
-    )
+    """The table of the published code, column by column."""
+    cosine = {"schedule": "cosine", "warmup_steps": 100, "start_fraction": 0.01, "final_fraction": 0.01}
+    still = {"color_jitter": [0, 0, 0, 0], "augment": "crop_flip"}
+    table = {
+        "image-classification": cosine
+        | still
+        | {"epochs": 15, "batch_size": 512, "learning_rate": 1e-4, "weight_decay": 1e-2, "max_grad_norm": 1}
+        | {"crop_area": [0.08, 1], "crop_ratio": [3 / 4, 4 / 3], "interpolation": "bicubic", "last_batch": "keep"},
+        "semantic-segmentation": cosine
+        | still
+        | {"epochs": 10, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 1e-2, "max_grad_norm": 1}
+        | {"crop_area": [0.5, 1], "crop_ratio": [0.75, 1.33], "interpolation": "bilinear", "last_batch": "drop"}
+        | {"image_size": 518},
+        "depth-estimation": cosine
+        | still
+        | {"epochs": 25, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-3, "max_grad_norm": 0}
+        | {"crop_area": [0.5, 2], "crop_ratio": [4 / 3, 4 / 3], "interpolation": "bilinear", "last_batch": "keep"}
+        | {"color_jitter": [0.2, 0.2, 0.2, 0.1], "crop_size": [480, 640], "schedule": "constant", "warmup_steps": 0},
+    }
+    assert {task: dict(protocol.settings) for task, protocol in PROTOCOLS.items()} == table
 
 
 @pytest.mark.slow

@@ -13,15 +13,22 @@ METRICS: dict[str, Mapping[str, bool]] = {
     "semantic-segmentation": {"mean_iou": True},
     "depth-estimation": {"rmse": False, "abs_rel": False, "delta1": True},
 }
-# image_size, in pixels, where it is not the model's own
-PUBLISHED: dict[str, Mapping[str, float | str]] = {
+# every number of the paper's protocol that is a setting; image_size is the model's own for classification
+PUBLISHED: dict[str, Mapping[str, float | str | list[float]]] = {
     "image-classification": {"epochs": 15, "batch_size": 512, "learning_rate": 1e-4, "weight_decay": 1e-2}
-    | {"warmup_steps": 100, "augment": "crop_flip"},
+    | {"schedule": "cosine", "warmup_steps": 100, "start_fraction": 0.01, "final_fraction": 0.01, "max_grad_norm": 1.0}
+    | {"augment": "crop_flip", "crop_area": [0.08, 1.0], "crop_ratio": [3 / 4, 4 / 3], "interpolation": "bicubic"}
+    | {"color_jitter": [0.0, 0.0, 0.0, 0.0], "last_batch": "keep"},
     "semantic-segmentation": {"epochs": 10, "batch_size": 32, "learning_rate": 1e-3, "weight_decay": 1e-2}
-    | {"warmup_steps": 0, "image_size": 518, "augment": "none"},
+    | {"schedule": "cosine", "warmup_steps": 100, "start_fraction": 0.01, "final_fraction": 0.01, "max_grad_norm": 1.0}
+    | {"augment": "crop_flip", "crop_area": [0.5, 1.0], "crop_ratio": [0.75, 1.33], "interpolation": "bilinear"}
+    | {"color_jitter": [0.0, 0.0, 0.0, 0.0], "last_batch": "drop", "image_size": 518},
     "depth-estimation": {"epochs": 25, "batch_size": 128, "learning_rate": 1e-3, "weight_decay": 1e-3}
-    | {"warmup_steps": 0, "augment": "none"},
+    | {"schedule": "constant", "warmup_steps": 0, "start_fraction": 0.01, "final_fraction": 0.01, "max_grad_norm": 0.0}
+    | {"augment": "crop_flip", "crop_area": [0.5, 2.0], "crop_ratio": [4 / 3, 4 / 3], "interpolation": "bilinear"}
+    | {"color_jitter": [0.2, 0.2, 0.2, 0.1], "last_batch": "keep", "crop_size": [480, 640]},
 }
+_PAIRS = {"crop_area": "smallest and largest", "crop_ratio": "smallest and largest", "crop_size": "height and width"}
 _PUBLISHED = "; none takes the published value of the task"
 
 
@@ -73,7 +80,47 @@ class ProbeSettings:
         at_most=16_384,
     )
     augment: Literal["none", "crop_flip"] | None = setting(
-        None, help="random changes of the training images" + _PUBLISHED, group="images"
+        None,
+        help="random changes of the training images: crops, flips and color_jitter, or none" + _PUBLISHED,
+        group="images",
+    )
+    resize_size: int | None = setting(
+        None,
+        help="shorter side of the test images before their centre is cropped; none takes image_size, else the model's",
+        group="images",
+        unit="pixels",
+        above=0,
+        at_most=16_384,
+    )
+    crop_size: list[int] | None = setting(
+        None,
+        help="height and width of the training crops of depth-estimation; the other tasks' are of image_size"
+        + _PUBLISHED,
+        group="images",
+        unit="pixels",
+        above=0,
+        at_most=16_384,
+    )
+    crop_area: list[float] | None = setting(
+        None,
+        help="smallest and largest area of a crop, as a fraction of the image's" + _PUBLISHED,
+        group="images",
+        above=0,
+    )
+    crop_ratio: list[float] | None = setting(
+        None, help="smallest and largest width / height of a crop" + _PUBLISHED, group="images", above=0
+    )
+    flip_probability: float = setting(
+        0.5, help="how often a training image is mirrored", group="images", at_least=0, at_most=1
+    )
+    color_jitter: list[float] | None = setting(
+        None,
+        help="largest change of brightness, contrast and saturation, as fractions, and of hue, in turns" + _PUBLISHED,
+        group="images",
+        at_least=0,
+    )
+    interpolation: Literal["bilinear", "bicubic"] | None = setting(
+        None, help="filter that resizes images; masks and depth take the nearest pixel" + _PUBLISHED, group="images"
     )
     num_classes: int | None = setting(
         None, help="classes of masks, where the data set does not tell", group="images", above=0, at_most=100_000
@@ -87,6 +134,9 @@ class ProbeSettings:
         group="images",
         unit="metres",
         above=0,
+    )
+    test_depth_unit: float | None = setting(
+        None, help="the same of test_split; none takes depth_unit", group="images", unit="metres", above=0
     )
     num_depth_bins: int = setting(256, help="bins of the depth head", group="student", above=0, at_most=65_536)
     min_depth: float = setting(1e-3, help="smallest depth of the head", group="student", unit="metres", above=0)
@@ -108,17 +158,36 @@ class ProbeSettings:
         above=0,
         at_most=1_048_576,
     )
-    learning_rate: float | None = setting(
-        None, help="learning rate after the warm-up" + _PUBLISHED, group="training", above=0
+    learning_rate: float | None = setting(None, help="largest learning rate" + _PUBLISHED, group="training", above=0)
+    schedule: Literal["cosine", "constant"] | None = setting(
+        None, help="learning rate after the warm-up" + _PUBLISHED, group="training"
     )
-    final_learning_rate: float = setting(0.0, help="learning rate at the end", group="training", at_least=0)
+    start_fraction: float | None = setting(
+        None,
+        help="where the warm-up starts, as a fraction of learning_rate" + _PUBLISHED,
+        group="training",
+        at_least=0,
+        at_most=1,
+    )
+    final_fraction: float | None = setting(
+        None,
+        help="where the cosine ends, as a fraction of learning_rate" + _PUBLISHED,
+        group="training",
+        at_least=0,
+        at_most=1,
+    )
     warmup_steps: int | None = setting(
         None, help="steps over which the learning rate rises" + _PUBLISHED, group="training", unit="steps", at_least=0
     )
     weight_decay: float | None = setting(
         None, help="weight decay, decoupled" + _PUBLISHED, group="training", at_least=0
     )
-    max_grad_norm: float = setting(1.0, help="norm that gradients are clipped to", group="training", above=0)
+    max_grad_norm: float | None = setting(
+        None, help="norm that gradients are clipped to; 0 clips none" + _PUBLISHED, group="training", at_least=0
+    )
+    last_batch: Literal["drop", "keep"] | None = setting(
+        None, help="what becomes of the last batch of an epoch where it is not full" + _PUBLISHED, group="training"
+    )
     quick_checks: bool = setting(False, help="also fit k-NN and logistic regression to the features", group="training")
     knn_k: int = setting(20, help="neighbours of the k-NN", group="training", above=0)
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
@@ -183,5 +252,22 @@ class ProbeSettings:
         for name in ("init_head", "quick_checks"):
             if getattr(self, name) and not is_classification:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it goes with image-classification only")
-        if self.augment != "none" and not is_classification:
-            raise ValueError(f"augment is {self.augment!r}; the published protocol of {self.task} has none")
+        is_depth = self.task == "depth-estimation"
+        for name, belongs in (("depth_unit", is_depth), ("test_depth_unit", is_depth), ("crop_size", is_depth)):
+            if getattr(self, name) is not None and not belongs:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it goes with depth-estimation, not with {self.task}"
+                )
+        if self.resize_size is not None and not (is_classification and self.resize_size >= (self.image_size or 0)):
+            raise ValueError(
+                f"resize_size is {self.resize_size}; it goes with image-classification, and must be at least image_size"
+            )
+        for name in ("crop_area", "crop_ratio", "crop_size"):
+            values = getattr(self, name)
+            if values is not None and (len(values) != 2 or (name != "crop_size" and values[0] > values[1])):
+                raise ValueError(f"{name} is {values}; it must be two numbers, {_PAIRS[name]}")
+        if len(self.color_jitter) != 4 or self.color_jitter[3] > 0.5:
+            raise ValueError(
+                f"color_jitter is {self.color_jitter}; it must be four numbers, of brightness, contrast, saturation "
+                "and hue, the last of which is at most 0.5"
+            )
