@@ -1,4 +1,4 @@
-"""Weights from one form to another: teacher to student, student to plain DINOv2, Meta's linear heads into either.
+"""Conversion of weights: teacher to student, student to plain DINOv2, Meta's linear heads into either.
 
     teacher = load_teacher("facebook/dinov2-with-registers-base")
     student = student_from_teacher(teacher, (7, 3, 2), init="first", depth_conditioning="low_rank")
@@ -31,7 +31,7 @@ __all__ = ["BlockInit", "count_parameters", "load_meta_linear_head", "student_fr
 
 BlockInit = Literal["random", "first", "middle", "mean"]
 
-# What a student takes over from its teacher unchanged: always, and where its blocks start from the teacher's layers.
+# Fields that a student takes from its teacher unchanged: always, and if its blocks start from the teacher's layers.
 SHARED_FIELDS = (
     "hidden_size",
     "num_channels",
@@ -211,7 +211,7 @@ def _initial_weights(teacher: Teacher, layers: tuple[int, ...], init: BlockInit)
 
 
 def _unrolled_blocks(encoder: RaptorEncoder) -> Iterator[dict[str, Tensor]]:
-    """The weights of every step, float64, one step at a time: all of a large model would not fit."""
+    """The weights of every step in float64, one step at a time, as all of a large model would not fit in memory."""
     encoder = copy.deepcopy(encoder).to("cpu", torch.float64)
     plan = encoder.config.step_plan()
     with torch.no_grad():
@@ -220,7 +220,7 @@ def _unrolled_blocks(encoder: RaptorEncoder) -> Iterator[dict[str, Tensor]]:
 
 
 def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tensor]:
-    """The weights of a block with the "low_rank" modulation of one step in them; with none, as they are."""
+    """The weights of a block with the "low_rank" modulation of one step merged in; without one, unchanged."""
     if step.qkv_up is None:
         return weights
     merged = dict(weights)

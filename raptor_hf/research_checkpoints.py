@@ -1,4 +1,4 @@
-"""Checkpoints of the method's research code: read without running anything that is in them, then made a RaptorModel.
+"""Checkpoints of the method's research code: read without running code from the file, then loaded into a RaptorModel.
 
     model = load_research_state_dict(read_research_file(path), block_repeats=(7, 3, 2), teacher=teacher)
 
@@ -70,8 +70,8 @@ class PickledModule:
 def read_research_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Reads a state dict, from a file that holds one or a whole pickled module.
 
-    The file goes through PyTorch's weights-only unpickler, and no module class is ever looked up: all that a whole
-    model may refer to (`PICKLED_CLASSES`) becomes a `PickledModule`. Whatever else is in a file is refused, not run.
+    PyTorch's weights-only unpickler reads the file, and no module class is looked up: each class that a whole model
+    may refer to (`PICKLED_CLASSES`) becomes a `PickledModule`. Anything else in a file is refused, not run.
 
     Args:
         path: file that `torch.save` wrote.
@@ -107,7 +107,7 @@ def load_research_state_dict(
     teacher: Teacher | PreTrainedModel,
     num_heads: int | None = None,
 ) -> RaptorModel:
-    """Makes a RaptorModel of the weights of the research code, whose FFN is always SwiGLU.
+    """Loads weights of the research code, whose FFN is always SwiGLU, into a RaptorModel.
 
     Args:
         state_dict: of a whole model, its names beginning with `blocks.I.`; or those of single blocks, one per block.

@@ -130,7 +130,7 @@ def fidelity_results(output_dir: Path) -> dict[str, Any]:
 
 
 class Planner:
-    """Decides by FLOPs what is worth measuring, and how often.
+    """Decides by FLOPs which rows are measured, and how often.
 
     Args:
         settings: its limits.

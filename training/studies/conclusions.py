@@ -1,4 +1,4 @@
-"""What a study of distillations says: from the records of its runs to sentences, tables and numbers.
+"""The conclusions of a study of distillations: sentences, tables and numbers computed from the records of its runs.
 
     conclusion = partitions_conclusion(by_variant(records))
     conclusion.text      # Markdown
@@ -33,7 +33,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What a study says.
+    """The conclusion of a study.
 
     Args:
         text: Markdown, sentences and tables.
@@ -64,7 +64,7 @@ def series_of(variants: Mapping[str, Sequence[Record]]) -> dict[str, list[dict[s
 
 
 def difference(low: Sequence[float], high: Sequence[float], digits: int = 3, unit: str = "") -> str:
-    """By how much the mean changes from one variant to another, and whether that is more than seeds do."""
+    """Difference of the means of two variants, and whether it exceeds the spread over seeds."""
     (before, spread_before), (after, spread_after) = map(mean_and_deviation, (low, high))
     change, spread = after - before, math.hypot(spread_before, spread_after)
     text = f"{change:+z.{digits}f}{unit}"
@@ -72,7 +72,7 @@ def difference(low: Sequence[float], high: Sequence[float], digits: int = 3, uni
 
 
 def ladder_caption(variants: Mapping[str, Sequence[Record]]) -> str:
-    """What all rungs together do, and what every one adds to the one below."""
+    """The effect of all rungs of a ladder together, and of each against the rung below."""
     names = list(variants)
     r2 = {name: [run["r2_last"] for run in runs] for name, runs in variants.items()}
     accuracy = {name: [run["student_accuracy"] for run in runs] for name, runs in variants.items()}
@@ -93,7 +93,7 @@ def ladder_caption(variants: Mapping[str, Sequence[Record]]) -> str:
 
 
 def convergence_caption(variants: Mapping[str, Sequence[Record]]) -> str:
-    """Who is nearer to the teacher at the end, and when it had passed the other's end."""
+    """The variant that is nearer to the teacher at the end, and when it passed the other's final score."""
     final = {name: [run["r2_last"] for run in runs] for name, runs in variants.items()}
     ranking = sorted(final, key=lambda name: statistics.fmean(final[name]), reverse=True)
     best = ranking[0]
@@ -139,7 +139,7 @@ def trade_off_caption(variants: Mapping[str, Sequence[Record]]) -> str:
 
 
 def partitions_conclusion(variants: Mapping[str, Sequence[Record]]) -> Conclusion:
-    """What a way to partition the layers is worth beside random ones: z-scores, differences, shares of draws beaten.
+    """A partition of the layers against random ones: z-scores, differences, shares of draws beaten.
 
     Args:
         variants: named "kind, label", as in "max-cut, k=2". The first kind is compared with the others at every label;
@@ -254,7 +254,7 @@ def partition_of(record: Record) -> Partition:
 def time_to_fidelity_conclusion(
     variants: Mapping[str, Sequence[Record]], goals: Sequence[float] | None = None
 ) -> Conclusion:
-    """How soon each variant comes as far as another one ends, in seconds, steps and images.
+    """Time each variant needs to reach another variant's final score, in seconds, steps and images.
 
     Seed by seed: the target is the score of the reference's last evaluation, the time that of the first evaluation that
     reaches it together with the next one, and the ratio is to the reference's whole training.
@@ -306,7 +306,7 @@ def time_to_fidelity_conclusion(
 
 
 def _arrival(pairs: Sequence[tuple[Record, Record]], score: str, goal: float | None) -> dict[str, Any]:
-    """When runs come as far as the reference's runs of the same seeds end; None for those that never do."""
+    """First evaluation at which each run reaches the final score of the reference with its seed; None if none."""
     numbers: dict[str, list[float | None]] = {}
     for reference, run in pairs:
         end = reference["evaluations"][-1]
@@ -329,7 +329,7 @@ def first_to_stay(evaluations: Sequence[Mapping[str, float]], score: str, target
 
 
 def _precision_sentences(variants: Mapping[str, Sequence[Record]]) -> list[str]:
-    """In which precision each variant trains, if that is not the same: seconds depend on it."""
+    """The precision of each variant, if they differ: seconds depend on it."""
     precisions = {name: runs[0]["mixed_precision"] for name, runs in variants.items() if runs}
     if len(set(precisions.values())) < 2:
         return []
@@ -371,7 +371,7 @@ def measured_scores(runs: Sequence[Record]) -> list[str]:
 
 
 def judged(estimate: Estimate) -> str:
-    """What the interval of a difference says of the second group."""
+    """Whether the second group is better, worse or undecided, by the interval of the difference."""
     if not estimate.excludes(0):
         return "undecided"
     return "better" if estimate.value > 0 else "worse"

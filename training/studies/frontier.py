@@ -108,7 +108,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def pareto(points: Iterable[Point], score: str) -> list[Point]:
-    """Those that no other point reaches with as few parameters, by the means over seeds; from small to large."""
+    """The points that no other point equals with as few parameters, by the means over seeds; from small to large."""
     frontier: list[Point] = []
     known = [point for point in points if score in point.values]
     for point in sorted(known, key=lambda point: (point.parameters, -point.mean(score))):
@@ -129,7 +129,7 @@ def interpolated(line: Iterable[Point], score: str, parameters: int) -> list[flo
 
 
 def frontier_conclusion(records: Sequence[Record], baselines: Sequence[Point] = ()) -> Conclusion:
-    """Who is on the frontier by parameters, the series and baselines at equal parameters, and what retains accuracy.
+    """The points on the frontier, series and baselines at equal parameters, and the smallest that keeps the accuracy.
 
     Args:
         records: of variants named "series, label". Series after the first are compared with those before, and baselines
@@ -187,7 +187,7 @@ def _frontier_sentence(points: Sequence[Point], score: str) -> str:
 
 
 def _equal_size_sentences(numbers: Sequence[dict[str, Any]]) -> list[str]:
-    """How one series is to the line of another, score by score."""
+    """Difference of one series from the line of another, score by score."""
     sentences = []
     for (against, series), entries in grouped(numbers, lambda entry: (entry["against"], entry["series"])).items():
         scores = grouped(entries, lambda entry: entry["score"]).values()
@@ -218,7 +218,7 @@ def _retained_sentence(series: str, line: Sequence[Point], teacher_accuracy: flo
 
 
 def _reading_sentence(baselines: Sequence[Point]) -> str:
-    """How the accuracies were read off, as they are not all read in one way."""
+    """A sentence on the heads that the accuracies are measured with, as they differ."""
     probed = list(dict.fromkeys(point.series for point in baselines if point.is_probed))
     text = "Accuracy is that of the teacher's own classifier, untrained on the student's states"
     if probed:

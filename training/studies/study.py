@@ -146,7 +146,7 @@ def plan_runs(settings: StudySettings) -> list[PlannedRun]:
 
 
 def run_all(runs: Sequence[PlannedRun], jobs: int) -> list[PlannedRun]:
-    """Runs what is not done, some at a time with an equal share of the cores; those that failed."""
+    """Runs what is not finished, `jobs` at a time with an equal share of the cores; returns the runs that failed."""
     missing = [run for run in runs if not run.is_done]
     logger.info("%d of %d runs to do, %d at a time", len(missing), len(runs), jobs)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -184,7 +184,7 @@ def run_one(run: PlannedRun, environment: dict[str, str], children: Children) ->
 
 
 def log_file(run: PlannedRun) -> Path:
-    """Where all that a run prints goes."""
+    """File that takes the output of a run."""
     return run.folder / "log.txt"
 
 
@@ -223,7 +223,7 @@ def check_numbers(run: PlannedRun, metrics: StudentMetrics) -> None:
 
 
 def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
-    """What matters of one finished run."""
+    """The record of one finished run."""
     metrics, settings = StudentMetrics.read(run.folder), run.settings
     check_numbers(run, metrics)
     fidelity, seconds = metrics.fidelity, metrics.seconds
@@ -255,7 +255,7 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
 
 
 def evaluation_of(entry: Mapping[str, Any], stage1_steps: int) -> dict[str, Any]:
-    """What matters of one evaluation under way, in steps of both stages."""
+    """The record of one evaluation during training; steps count over both stages."""
     return {
         "step": entry["step"] + (stage1_steps if entry["stage"] == 2 else 0),
         "r2_last": entry["r2"][-1],
@@ -339,7 +339,7 @@ def conclude(settings: StudySettings, records: Sequence[Record], figure: Path) -
 
 
 def table(settings: StudySettings, variants: Mapping[str, Sequence[Record]], command: str, caption: str) -> str:
-    """The Markdown page: how the numbers were made, the numbers, what they say."""
+    """The Markdown page: how the numbers were made, the numbers, the conclusion."""
     records = [run for runs in variants.values() for run in runs]
     teacher_accuracy = records[0]["teacher_accuracy"]
     seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))

@@ -160,7 +160,7 @@ def records_of(pairs: Sequence[Pair], settings: TeacherStudySettings) -> list[di
 
 
 def record_of(pair: Pair) -> dict[str, Any]:
-    """What matters of one teacher and its student."""
+    """The record of one teacher and its student."""
     teacher, student = TeacherMetrics.read(pair.teacher.folder), StudentMetrics.read(pair.student.folder)
     phases, fidelity = read_json(pair.student.folder / "phases.json"), student.fidelity
     partition, measures = Partition.from_dict(phases), measures_of(pair)
@@ -193,7 +193,7 @@ def record_of(pair: Pair) -> dict[str, Any]:
 
 
 def measures_of(pair: Pair) -> dict[str, Any]:
-    """What neither run writes down of the teacher, kept beside it: accuracy and loss on its training and test images
+    """Measures of the teacher that neither run writes, kept beside it: accuracy and loss on training and test images
     without augmentation or label smoothing, and R^2 of its embedding in place of the states of all layers.
     """
     path = pair.teacher.folder / "measures.json"
@@ -274,7 +274,7 @@ def write_results(
 def table(
     settings: TeacherStudySettings, records: Sequence[dict[str, Any]], command: str, sentences: Sequence[str]
 ) -> str:
-    """The Markdown page: how the numbers were made, the numbers, what they say."""
+    """The Markdown page: how the numbers were made, the numbers, the conclusion."""
     seeds = ", ".join(map(str, sorted({run["seed"] for run in records})))
     columns = (
         ("teacher's accuracy (%)", "teacher_accuracy", 100, 1),

@@ -1,4 +1,4 @@
-"""How the training of a teacher shows in its layers and in the students it gives: quantities, claims and a figure.
+"""Effects of the training of a teacher on its layers and its students: quantities, claims and a figure.
 
 A study holds one record per teacher and its student, made by study_teachers.py:
 
@@ -70,7 +70,7 @@ def change_r2(r2: Sequence[float], copy_r2: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Claim:
-    """What was claimed, and what the numbers say.
+    """A claim of the paper and its outcome here.
 
     Args:
         statement: the claim in words.
@@ -113,7 +113,7 @@ def interval_text(estimate: Estimate, digits: int = 3) -> str:
 
 
 def claims_of(study: Study, records: Sequence[Record]) -> list[Claim]:
-    """The claims that a study tests, as far as the teachers that they compare are there.
+    """The claims that a study can test with the teachers it has.
 
     Args:
         study: what it varies.
@@ -138,7 +138,7 @@ def compared(study: Study, records: Sequence[Record]) -> list[Record]:
 
 
 def stochastic_depth_claims(records: Sequence[Record]) -> list[Claim]:
-    """What more stochastic depth does, by rank correlations with its rate p.
+    """Effects of stochastic depth, by rank correlations with its rate p.
 
     Args:
         records: of teachers whose training held, with "variant", "drop_path_rate", "similarity", "r2_mean" and
@@ -185,7 +185,7 @@ def breaking_sentence(records: Sequence[Record]) -> str:
 
 
 def broken_variants(records: Sequence[Record]) -> set[str]:
-    """The variants with less than half of the best one's accuracy: their training has broken.
+    """The variants whose training has broken: less than half of the best variant's accuracy.
 
     Args:
         records: with "variant" and "teacher_accuracy".
@@ -198,7 +198,7 @@ def broken_variants(records: Sequence[Record]) -> set[str]:
 
 
 def training_time_claims(records: Sequence[Record]) -> list[Claim]:
-    """What training and overfitting do, by differences from the converged teachers.
+    """Effects of training and overfitting, by differences from the converged teachers.
 
     Args:
         records: of variants whose names begin with one of `ROLES`, with "similarity", "r2_mean", "change_r2",
@@ -246,7 +246,7 @@ def training_time_claims(records: Sequence[Record]) -> list[Claim]:
 
 
 def similarity_claims(records: Sequence[Record]) -> list[Claim]:
-    """Whether the similarity of a teacher's layers predicts how well a student of it does.
+    """Whether the similarity of a teacher's layers predicts the fidelity of its student.
 
     Over all teachers, and once more from deviations from the mean of each variant, which what the variants differ in
     cannot make. These are in standard deviations of the variant, so that one of large spread does not decide alone.

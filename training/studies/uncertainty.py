@@ -29,7 +29,7 @@ class Estimate:
 
     Args:
         value: the estimate from all observations.
-        low: lower end of the percentile interval at `CONFIDENCE`; NaN where there is none.
+        low: lower end of the percentile interval at `CONFIDENCE`; NaN where there are too few values for one.
         high: upper end.
     """
 
