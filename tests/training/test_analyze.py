@@ -134,7 +134,7 @@ def test_report_compares_teacher_student_and_untrained_network(student_folder, t
         (row,) = (line for line in text.splitlines() if line.startswith(f"| **{finding['title']}** |"))
         assert row.endswith(f"| {evidence} |")
     first_lines = text.split("\n\n")[1].splitlines()
-    assert first_lines[0].startswith("- teacher: a dinov2_with_registers model of 12 layers, 96 wide with 4 heads")
+    assert first_lines[0].startswith("- teacher: a dinov2_with_registers model of 12 layers, 96 wide with 3 heads")
     assert any("The paper's findings are of DINOv2 ViT-B/14" in line for line in first_lines[1:])
 
 
