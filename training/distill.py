@@ -149,7 +149,8 @@ def main() -> None:
         save_student(run, weights)
     began = time.perf_counter()
     metrics = {"fidelity": run.evaluate(), "unreadable_images": session.gather_failures(run.failures)}
-    seconds = {"phases": phases.get("seconds", 0.0), "fit": run.fit_seconds}
+    seconds = {"phases": phases.get("seconds", 0.0)}
+    seconds |= {"fit": run.fit_seconds} if settings.init == "fitted" else {}
     seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
     seconds["evaluation"] = time.perf_counter() - began
     if accelerator.is_main_process:

@@ -126,8 +126,8 @@ def describe_choice(record: Mapping[str, Any], was_read: bool = False) -> list[s
     lines = [f"phases {partition} ({partition.method}{sure}{source})"]
     for name, other in record.get("other_phases", {}).items():
         found = Partition.from_dict(other)
-        lines.append(
-            f"phases are a choice here: {name} gives {found}, {partition.method} objective {found.objective:.3f} "
-            f"against {partition.objective:.3f}"
-        )
+        scores = ""
+        if None not in (found.objective, partition.objective):  # an edited file may have none
+            scores = f", {partition.method} objective {found.objective:.3f} against {partition.objective:.3f}"
+        lines.append(f"phases are a choice here: {name} gives {found}{scores}")
     return lines
