@@ -199,7 +199,8 @@ class ScaleConditioner(nn.Module):
         self.fc2 = ScaleLinear(self.hidden_size, 3 * config.hidden_size, init_std=1e-4)
 
     def forward(self, depths: tuple[float, ...], device: torch.device | None = None) -> list[StepModulation]:
-        depth = torch.tensor(depths, device=device)[:, None]
+        # of the weight its type alone is asked, which it keeps wherever it is
+        depth = torch.tensor(depths, dtype=self.fc1.weight.dtype, device=device)[:, None]
         gains = self.fc2(nn.functional.silu(self.fc1(depth))) + 1
         # not views of one tensor, which a nested compile region does not take
         attention, ffn, output = (part.clone() for part in gains.chunk(3, dim=1))
