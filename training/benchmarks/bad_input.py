@@ -105,11 +105,13 @@ BAD_INPUT: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
     *_values(
         "probe",
         *(("variant", value) for value in ("a/b", "../../x", "", "a b", "teacher")),
-        *(("epochs", 0), ("learning_rate", "nan"), ("warmup_steps", 10**6), ("metric", "f1"), ("image_size", 7)),
+        *(("epochs", 0), ("learning_rate", "nan"), ("warmup_steps", 10**6), ("metric", "f1")),
         *(("task", "poetry"), ("weight_decay", -1), ("cache_gb", "nan"), ("batch_size", 0), ("label_column", "kind")),
-        *(("init_head", "no/such.pth"), ("init_head", file(b"junk")), ("num_layers", 9)),
+        *(("init_head", "no/such.pth"), ("init_head", file(b"junk"))),
     ),
     ("probe", {"seeds": [1, 1]}, ("seeds",)),
+    ("probe", {"image_size": 7}, ("7 x 7 pixels", "patch_size")),
+    ("probe", {"num_layers": 9}, ("layers", "1..4")),
     ("probe", {"model": "nowhere/at/all"}, ("nowhere/at/all",)),
     ("probe", {"output_dir": below_a_file}, ("output_dir",)),
     *_values(

@@ -378,7 +378,7 @@ def fill(path: Path) -> None:
 
 
 def try_bad_input(campaign: Campaign) -> None:
-    """Every bad input must end its recipe with status 2 and one line that says what is wrong."""
+    """Every bad input must end its recipe with one line that says what is wrong, and status 2, or 1 once work began."""
     for number, (recipe, changes, words) in enumerate(BAD_INPUT):
         log = campaign.place / f"bad-{number}.log"
         changes = {name: prepare(campaign, number, value) for name, value in changes.items()}
@@ -387,7 +387,9 @@ def try_bad_input(campaign: Campaign) -> None:
         text, line = log.read_text(encoding="utf-8", errors="replace"), last_line(log)
         named = line.startswith(f"{recipe}.py: error: ") and all(word in line for word in words)
         shown = " ".join(arguments({name: value for name, value in changes.items()})).replace(str(campaign.place), "")
-        campaign.note("bad input", f"{recipe} {shown}", status == [2] and named and "Traceback" not in text, line)
+        campaign.note(
+            "bad input", f"{recipe} {shown}", status in ([1], [2]) and named and "Traceback" not in text, line
+        )
 
 
 def prepare(campaign: Campaign, number: int, value: Any) -> Any:
@@ -414,8 +416,8 @@ def write_results(campaign: Campaign, folder: Path, command: str) -> None:
     lines += [f"On {facts['device']}, with torch {facts['versions']['torch']}.", ""]
     lines += [
         "A kill holds if the same command, given again, ends with the weights of a run that nothing stopped, to the "
-        "bit; damage, if the checkpoint before is used and the damaged one named; bad input, if it ends with status 2 "
-        "and one line that names it.",
+        "bit; damage, if the checkpoint before is used and the damaged one named; bad input, if the run "
+        "ends with an error status and one line that names it.",
         "",
         "| tried | number | held |",
         "|---|---|---|",
