@@ -89,10 +89,11 @@ def plot_fidelity(
     layers = np.arange(1, len(fidelity["r2"]) + 1)
     figure = Figure(figsize=(7.0, 5.6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    upper.plot(layers, fidelity["r2"], "o-", color="black", label="R\N{SUPERSCRIPT TWO}, all tokens")
+    # markers at the upper end, 1, are drawn whole
+    upper.plot(layers, fidelity["r2"], "o-", color="black", label="R\N{SUPERSCRIPT TWO}, all tokens", clip_on=False)
     for group, values in fidelity["cosine"].items():
         if values is not None:
-            upper.plot(layers, values, ".--", label=f"cosine, {group}")
+            upper.plot(layers, values, ".--", label=f"cosine, {group}", clip_on=False)
     upper.axhline(1, color="0.8", linewidth=1, zorder=0)
     upper.set_ylabel("student against teacher")
     upper.legend(frameon=False, fontsize=9)
@@ -124,11 +125,13 @@ def plot_losses(
         steps = [record["step"] for record in records]
         parts = [name for name in records[0] if name.startswith("block_")]
         for name in parts or ["loss"]:
-            label = f"block {int(name.removeprefix('block_')) + 1}" if parts else "mean over steps"
-            upper.plot(steps, [record[name] for record in records], label=label)
+            label = name.replace("_", " ") if parts else "mean over steps"  # numbered as in the log
+            # a run that logged once has a dot and no line
+            marker = "o" if len(steps) == 1 else None
+            upper.plot(steps, [record[name] for record in records], marker=marker, label=label)
         upper.set(title=f"stage {stage}", ylabel="loss", yscale="log")
         upper.legend(frameon=False, fontsize=9)
-        lower.plot(steps, [record["lr"] for record in records], color="0.4")
+        lower.plot(steps, [record["lr"] for record in records], color="0.4", marker=marker)
         lower.set(xlabel="optimizer step", ylabel="learning rate")
         for axes in (upper, lower):
             axes.spines[["top", "right"]].set_visible(False)

@@ -23,8 +23,7 @@ import time
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, broadcast, set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 
 from raptor_hf import figures
@@ -34,8 +33,8 @@ from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.data.transforms import CropFlip
 from raptor_hf.distillation.evaluation import evaluate_student, print_table
 from raptor_hf.distillation.inputs import class_match, disk_space, open_inputs
-from raptor_hf.distillation.partition import describe_choice, find_partition, read_partition
-from raptor_hf.distillation.start import fit_to_teacher
+from raptor_hf.distillation.partition import check_phases, check_trained_blocks, phases_of, read_partition
+from raptor_hf.distillation.start import fit_student
 from raptor_hf.distillation.student import block_parameters, make_student
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, teacher_forcing
 from raptor_hf.hub.heads import backbone_fingerprint
@@ -55,7 +54,7 @@ from raptor_hf.recipes.loop import (
     set_learning_rate,
     usable_workers,
 )
-from raptor_hf.recipes.optimizers import check_optimizer, make_optimizer
+from raptor_hf.recipes.optimizers import check_optimizer, has_fused_adamw, make_optimizer
 from raptor_hf.recipes.run_metrics import StudentMetrics
 from raptor_hf.recipes.session import Session, holds_backbone, run_program, save_model, whole_weights
 from raptor_hf.recipes.settings import user_errors
@@ -158,61 +157,6 @@ def main() -> None:
         save_outputs(run, partition, metrics)
         print_table(metrics)
     session.close(f"saved to {folder}: the model, its card README.md, metrics.json and figures/")
-
-
-def check_phases(session: Session, phases: dict[str, Any] | None) -> None:
-    """Refuse phases.json where it belongs to another teacher, other images, or other blocks than were trained."""
-    if phases is None:
-        return
-    session.check_fingerprints(phases.get("fingerprints", {}))
-    blocks = [list(layers) for layers in phases["partition"].blocks]
-    trained = (session.progress or {}).get("blocks", blocks)
-    if trained != blocks:
-        raise ValueError(
-            f"phases.json has the blocks {blocks}; they must be {trained}, which the checkpoint was trained with: undo "
-            "the change, or start in another output_dir"
-        )
-
-
-def phases_of(
-    session: Session, teacher: Teacher, loader: functools.partial, phases: dict[str, Any] | None
-) -> dict[str, Any]:
-    """The partition of the teacher's layers and the variance in each, as read or found on `phase_images` images."""
-    settings, accelerator = session.settings, session.accelerator
-    was_read = phases is not None
-    if not was_read:
-        # the images of the first steps; whole batches, so that every process has the same share
-        num_steps = max(1, settings.phase_images // settings.batch_size)
-        batches = progress_bar(loader(num_steps=num_steps), "phases", accelerator)
-        phases = find_partition(teacher, batches, settings, accelerator, session.identity)
-    if accelerator.is_main_process:
-        for line in describe_choice(phases, was_read):
-            logger.info(line)
-    return phases
-
-
-def fit_student(
-    teacher: Teacher,
-    student: nn.Module,
-    loader: functools.partial,
-    settings: DistillSettings,
-    accelerator: Accelerator,
-) -> None:
-    """Fit the blocks on the first `fit_images` training images, in whole batches, the same on every process."""
-    num_steps = max(1, settings.fit_images // settings.batch_size)
-    batches = loader(num_steps=num_steps, process_index=0, num_processes=1)
-    student.to(accelerator.device)
-    with accelerator.autocast():
-        images = (batch["pixel_values"].to(accelerator.device) for batch in batches)
-        fit_to_teacher(teacher, student, progress_bar(images, "fit", accelerator, num_steps))
-    if accelerator.num_processes > 1:  # kernels may differ in the last bits from process to process
-        for parameter in student.parameters():
-            broadcast(parameter.data)
-
-
-def has_fused_adamw(accelerator: Accelerator) -> bool:
-    """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
-    return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP
 
 
 class Run:
@@ -380,12 +324,7 @@ class Run:
         progress = self.session.resume(self.task, self.optimizer)
         if progress is None:
             return
-        blocks = [list(layers) for layers in self.student.config.block_layers]
-        if progress["blocks"] != blocks:
-            raise RuntimeError(
-                f"the checkpoint is of blocks {progress['blocks']}, but the phases are now {blocks}: fix them by "
-                "block_repeats, or start in another output_dir"
-            )
+        check_trained_blocks(progress, self.student.config.block_layers)
         self.stage, self.step, self.pending_log = progress["stage"], progress["step"], progress["log"]
         self.histories = {int(stage): history for stage, history in progress["histories"].items()}
         self.failures = progress["failures"]

@@ -2,10 +2,12 @@
 
 import functools
 import logging
+import math
 
 import torch
 from accelerate import Accelerator
 from raptor_settings.resources import find_model
+from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -18,6 +20,9 @@ from .settings import DistillSettings
 from .student import make_student, trial_partition
 
 logger = logging.getLogger(__name__)
+
+# what a damaged file of weights, or numbers in a configuration that no model can have, raise in transformers
+UNREADABLE = (SafetensorError, ArithmeticError, TypeError, RuntimeError, AttributeError, KeyError)
 
 
 def open_inputs(
@@ -33,13 +38,19 @@ def open_inputs(
         OSError: teacher or images cannot be read.
     """
     dtype = getattr(torch, settings.teacher_dtype)
-    teacher = load_teacher(
-        settings.teacher,
-        revision=settings.teacher_revision,
-        dtype=dtype,
-        device=accelerator.device,
-        layers=settings.target_layers,
-    )
+    try:
+        teacher = load_teacher(
+            settings.teacher,
+            revision=settings.teacher_revision,
+            dtype=dtype,
+            device=accelerator.device,
+            layers=settings.target_layers,
+        )
+    except UNREADABLE as error:
+        raise ValueError(
+            f"teacher is {settings.teacher!r}, whose files cannot be read ({type(error).__name__}: {error}); "
+            "it must be a whole model of transformers"
+        ) from error
     layers = teacher.num_layers
     check_blocks(settings, layers)
     share = accelerator.num_processes * settings.gradient_accumulation_steps
@@ -56,6 +67,8 @@ def open_inputs(
     # what a partition or a student of these settings would be refused for, before images are read to find the real one
     make_student(teacher, trial_partition(settings, layers), settings)
     processor = load_image_processor(settings.teacher, settings.teacher_revision)
+    if not all(math.isfinite(value) and value > 0 for value in getattr(processor, "image_std", None) or [1]):
+        raise ValueError(f"image_std of {settings.teacher!r} is {processor.image_std}; it must be numbers above 0")
     check_image_size(processor, teacher.patch_size, teacher.config.num_channels)
     # one process of each node prepares the data set, the others find it in the cache
     with accelerator.local_main_process_first():

@@ -1,6 +1,8 @@
 """The phases of a teacher from training images, kept in phases.json, from which a run that goes on reads them."""
 
+import functools
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,11 +14,15 @@ from accelerate import Accelerator
 from .. import figures
 from ..phases import Partition, other_phases
 from ..recipes.files import write_json
+from ..recipes.loop import progress_bar
+from ..recipes.session import Session
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
 from .settings import DistillSettings
 from .student import choose_partition
 from .task import LayerVariance
+
+logger = logging.getLogger(__name__)
 
 PHASES_FILE = "phases.json"
 
@@ -131,3 +137,46 @@ def describe_choice(record: Mapping[str, Any], was_read: bool = False) -> list[s
             scores = f", {partition.method} objective {found.objective:.3f} against {partition.objective:.3f}"
         lines.append(f"phases are a choice here: {name} gives {found}{scores}")
     return lines
+
+
+def check_phases(session: Session, phases: dict[str, Any] | None) -> None:
+    """Refuse phases.json where it belongs to another teacher, other images, or other blocks than were trained."""
+    if phases is None:
+        return
+    session.check_fingerprints(phases.get("fingerprints", {}))
+    check_trained_blocks(session.progress, phases["partition"].blocks)
+
+
+def check_trained_blocks(progress: dict[str, Any] | None, blocks: Iterable[Iterable[int]]) -> None:
+    """Refuse other blocks than those that a checkpoint was trained with.
+
+    Args:
+        progress: of the checkpoint, None without one.
+        blocks: the layers of every block.
+
+    Raises:
+        ValueError: they differ, as where phases.json was edited or the phases were found again.
+    """
+    blocks = [list(layers) for layers in blocks]
+    if progress is not None and progress["blocks"] != blocks:
+        raise ValueError(
+            f"phases.json has the blocks {blocks}; they must be {progress['blocks']}, which the checkpoint was trained "
+            "with: undo the change, or start in another output_dir"
+        )
+
+
+def phases_of(
+    session: Session, teacher: Teacher, loader: functools.partial, phases: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The partition of the teacher's layers and the variance in each, as read or found on `phase_images` images."""
+    settings, accelerator = session.settings, session.accelerator
+    was_read = phases is not None
+    if not was_read:
+        # the images of the first steps; whole batches, so that every process has the same share
+        num_steps = max(1, settings.phase_images // settings.batch_size)
+        batches = progress_bar(loader(num_steps=num_steps), "phases", accelerator)
+        phases = find_partition(teacher, batches, settings, accelerator, session.identity)
+    if accelerator.is_main_process:
+        for line in describe_choice(phases, was_read):
+            logger.info(line)
+    return phases

@@ -9,15 +9,20 @@ by ridge regression, with a gain and a shift of each step where the conditioning
 first projections stay those that the student started with.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from ..modeling_raptor import RaptorBlock, RaptorPreTrainedModel, StepModulation
+from ..recipes.loop import progress_bar
 from ..teacher import Teacher
+from .settings import DistillSettings
 from .task import LayerVariance, runs
 
 # the last projection of each branch, with what the "low_rank" conditioning changes of it
@@ -278,3 +283,22 @@ def _watched(block: RaptorBlock) -> Iterator[dict[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fit_student(
+    teacher: Teacher,
+    student: nn.Module,
+    loader: functools.partial,
+    settings: DistillSettings,
+    accelerator: Accelerator,
+) -> None:
+    """Fit the blocks on the first `fit_images` training images, in whole batches, the same on every process."""
+    num_steps = max(1, settings.fit_images // settings.batch_size)
+    batches = loader(num_steps=num_steps, process_index=0, num_processes=1)
+    student.to(accelerator.device)
+    with accelerator.autocast():
+        images = (batch["pixel_values"].to(accelerator.device) for batch in batches)
+        fit_to_teacher(teacher, student, progress_bar(images, "fit", accelerator, num_steps))
+    if accelerator.num_processes > 1:  # kernels may differ in the last bits from process to process
+        for parameter in student.parameters():
+            broadcast(parameter.data)

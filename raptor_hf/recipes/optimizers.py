@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from raptor_settings.distill import OptimizerName
 from torch import Tensor, nn
 
@@ -149,3 +151,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if len(self.param_groups) == 1 + (self._adamw is not None):
             raise ValueError("MuonWithAdamW takes all its parameters at once")
         super().add_param_group(param_group)
+
+
+def has_fused_adamw(accelerator: Accelerator) -> bool:
+    """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
+    return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP

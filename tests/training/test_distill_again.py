@@ -106,7 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_resume_reads_the_phases_and_ends_in_the_same_bits(run, stopped, monkeypatch, step, tmp_path):
     whole = run("whole")
     stopped(step)
-    monkeypatch.setattr(distill, "find_partition", None)
+    monkeypatch.setattr("raptor_hf.distillation.partition.find_partition", None)
     folder = run()
     assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert metrics(folder)["seconds"]["phases"] > 0
