@@ -23,8 +23,8 @@ MAX_CLASSES = 100_000
 _MAX_CLASSES_PER_LABEL = 100
 # ImageNet's names differ in a few places from copy to copy, as in "crane" and "crane, bird".
 _MAX_OTHER_NAMES = 0.01
-# ImageNet's numbers, whose order is that of its classes
-_SYNSET = re.compile(r"n\d{8}")
+# ImageNet's numbers, which its classes are in the order of
+_SYNSET = re.compile(r"n\d{8}(?!\d)")
 
 
 def names_in_order(id2label: Mapping[int | str, str]) -> list[str]:
@@ -168,7 +168,7 @@ def _by_number(names: list[str] | None, ours: list[str] | None, num_classes: int
         return ClassMatch(identity)
     numbers = {str(label) for label in range(len(names))}
     are_numbers = set(names) == numbers and (ours is None or set(ours) != numbers)
-    if ours is None or are_numbers or all(map(_SYNSET.fullmatch, names)):
+    if ours is None or are_numbers or (all(map(_SYNSET.match, names)) and names == sorted(names)):
         if len(names) != num_classes:
             reason = f"no accuracy: {title} has {len(names)} classes, the classifier {num_classes}"
             return ClassMatch(None, reason)

@@ -108,7 +108,10 @@ class TestMatch:
     def test_takes_imagenets_numbers_and_spellings_for_its_classes(self):
         synsets = [f"n{label:08d}" for label in range(1000)]
         ours = [f"name {label}" for label in range(1000)]
-        assert match_classes(images_of([0], synsets), 1000, numbered(ours)).reason is None
+        for folders in (synsets, [f"{synset}_kind" for synset in synsets]):
+            match = match_classes(images_of([0], folders), 1000, numbered(ours))
+            assert match.reason is None and match(torch.arange(1000)).tolist() == list(range(1000))
+        assert match_classes(images_of([0], synsets[::-1]), 1000, numbered(ours)).classes is None
         spelled = [name if label != 134 else "crane, bird" for label, name in enumerate(ours)]
         match = match_classes(images_of([0], spelled), 1000, numbered(ours))
         assert match(torch.tensor([134])).tolist() == [134] and "1 of 1000 classes" in match.reason

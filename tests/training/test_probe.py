@@ -126,7 +126,7 @@ def test_a_probed_student_carries_its_head_and_numbers(run, student):
         pictures=True,
         seeds=[0, 1],
         quick_checks=True,
-        epochs=8,
+        epochs=40,
         learning_rate=0.2,
         train_split="train",
         batch_size=128,
