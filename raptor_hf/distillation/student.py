@@ -68,7 +68,9 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
             for parameter in block_parameters(student, block):
                 parameter.requires_grad_(True)
     if settings.gradient_checkpointing:
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # called so from transformers 5.23 on
+        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     if settings.compile:
         for block in student.base_model.encoder.blocks:
             block.compile()
