@@ -46,7 +46,9 @@ from raptor_hf.dynamics.report import Sample, summary_text, write_report
 from raptor_hf.dynamics.subject import cautions, describe_model
 from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import Partition, find_phases, other_phases
+from raptor_hf.recipes.fingerprints import fingerprint_model
 from raptor_hf.recipes.loop import describe_environment, warn_if_single_thread
+from raptor_hf.recipes.run_metrics import read_json
 from raptor_hf.recipes.settings import settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher, load_teacher, untrained
@@ -127,6 +129,29 @@ def open_models(settings: AnalyzeSettings, device: torch.device) -> dict[str, Te
     if len(set(names)) < len(names):
         raise ValueError(f"the models are called {names}; give different names")
     return dict(zip(names, models, strict=True))
+
+
+def other_teachers(name: str, teacher: Teacher, students: dict[str, str]) -> list[str]:
+    """A sentence for each student that was distilled from another teacher than it is compared with.
+
+    Args:
+        name: of the teacher in the report.
+        teacher: as loaded, in float32 as distillations load it by default.
+        students: folder of each model by its name in the report; other models and older students tell nothing.
+    """
+    present, sentences = fingerprint_model(teacher.model), []
+    for student, folder in students.items():
+        try:
+            said = read_json(Path(folder) / "metrics.json").get("teacher")
+        except (OSError, ValueError):
+            continue
+        own = said.get("fingerprint") if isinstance(said, dict) else None
+        if own not in (None, present):
+            sentences.append(
+                f"{student} was distilled from another teacher: {said.get('name')}, whose weights have the fingerprint "
+                f"{own}; those of {name} have {present}."
+            )
+    return sentences
 
 
 def shuffled(images: ImageSet, seed: int) -> ImageSet:
@@ -338,6 +363,7 @@ class Study:
         return [
             describe_model(name, model, size),
             *cautions(model, size, *labels, self.partition, self.other_phases),
+            *other_teachers(name, model, {other: self.models[other].name for other in self.models if other != name}),
         ]
 
     def sample(self) -> Sample:
