@@ -1,0 +1,35 @@
+"""The sweep of learning rates over teachers: what it calls best, and what it leaves out."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from training.studies import learning_rates
+from training.studies.learning_rates import best_rate, measure, without_paths
+
+
+def test_the_best_rate_is_that_of_the_highest_score_and_none_that_diverged():
+    assert best_rate([0.005, 0.01, 0.02], [0.5, 0.7, 0.6]) == 0.01
+    assert best_rate([0.005, 0.01, 0.02], [0.5, 0.4, None]) == 0.005
+    with pytest.raises(ValueError, match="every run diverged"):
+        best_rate([0.1, 0.2], [None, None])
+
+
+def test_a_run_that_is_there_is_read_and_one_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    scores = {"fidelity": {"r2": [0.5, 0.7]}, "seconds": {"stage2": 3.0}}
+    (tmp_path / "metrics.json").write_text(json.dumps(scores))
+    assert measure("", 0.01, tmp_path) == {"mean_r2": 0.6, "last_r2": 0.7, "seconds": 3.0}
+    ends = {"DivergedError": "raptor_hf.recipes.loop.DivergedError: the loss is 3", "other": "OSError: no such teacher"}
+    for kind, stderr in ends.items():
+        done = SimpleNamespace(returncode=1, stderr=stderr)
+        monkeypatch.setattr(learning_rates.subprocess, "run", lambda *args, done=done, **options: done)
+        if kind == "DivergedError":
+            assert measure("config.yaml", 0.01, tmp_path / "diverged")["mean_r2"] is None
+        else:
+            with pytest.raises(RuntimeError, match="no such teacher"):
+                measure("config.yaml", 0.01, tmp_path / "failed")
+
+
+def test_results_name_no_machines_paths():
+    assert without_paths(["--teacher", "/data/vits14", "digits_k3.yaml"]) == ["--teacher", "vits14", "digits_k3.yaml"]
