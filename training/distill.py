@@ -64,6 +64,8 @@ logger = logging.getLogger("distill")
 
 # share of an image's area that --augment keeps, at least and at most
 AUGMENT_AREA = (0.25, 1.0)
+# of the first loss, what a run may rise to: after a fitted start the first steps at the full rate lose some of it
+RISING_FACTOR = 1.5
 
 
 def main() -> None:
@@ -210,7 +212,7 @@ class Run:
             self.log.load_state_dict(self.pending_log)
         self.histories[stage] = self.log.history
         guard = NonFiniteGuard(settings.max_nonfinite_steps)
-        rising = RisingLossGuard(settings.max_rising_steps, self.first_loss)
+        rising = RisingLossGuard(settings.max_rising_steps, self.first_loss, RISING_FACTOR)
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0
         batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)

@@ -157,13 +157,15 @@ class RisingLossGuard:
     Args:
         max_in_a_row: number of consecutive steps whose loss may be above the first one's; 0 for any number.
         first: of a run that goes on, the loss that it began with.
+        factor: how many times the first loss still passes; above 1 where a run begins so well that its first steps at
+            the full rate may lose some of it.
 
     Attributes:
         first: the loss that the run began with, None before its first step.
     """
 
-    def __init__(self, max_in_a_row: int, first: float | None = None):
-        self.max_in_a_row, self.first = max_in_a_row, first
+    def __init__(self, max_in_a_row: int, first: float | None = None, factor: float = 1.0):
+        self.max_in_a_row, self.first, self.factor = max_in_a_row, first, factor
         self._in_a_row = 0
 
     def check(self, step: int, loss: float, lr: float) -> None:
@@ -175,18 +177,19 @@ class RisingLossGuard:
             lr: learning rate of this step, for the message.
 
         Raises:
-            DivergedError: the last `max_in_a_row` losses were all above the first.
+            DivergedError: the last `max_in_a_row` losses were all above `factor` times the first.
         """
         if not math.isfinite(loss):
             return
         if self.first is None:
             self.first = loss
-        self._in_a_row = self._in_a_row + 1 if loss > self.first else 0
+        self._in_a_row = self._in_a_row + 1 if loss > self.factor * self.first else 0
         if self.max_in_a_row and self._in_a_row >= self.max_in_a_row:
+            times = "" if self.factor == 1 else f"{self.factor:g} times "
             raise DivergedError(
-                f"the loss is {loss:.3g} at step {step} and has been above the {self.first:.3g} that it began with "
-                f"for {self._in_a_row} steps: lower learning_rate, which is {lr:.3g} at this step, to a third for a "
-                f"start, or raise warmup_steps; max_rising_steps 0 lets the run go on"
+                f"the loss is {loss:.3g} at step {step} and has been above {times}the {self.first:.3g} that it began "
+                f"with for {self._in_a_row} steps: lower learning_rate, which is {lr:.3g} at this step, to a third for "
+                f"a start, or raise warmup_steps; max_rising_steps 0 lets the run go on"
             )
 
 

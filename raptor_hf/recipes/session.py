@@ -43,7 +43,7 @@ from ..data.loaders import TooManyFailuresError
 from .checkpoint import CheckpointError, latest_checkpoint, read_progress, resume_run, save_run
 from .files import written_beside
 from .lock import LOCK_FILE, FolderLock
-from .loop import NonFiniteError, warn_if_single_thread
+from .loop import DivergedError, NonFiniteError, warn_if_single_thread
 from .settings import CHECKPOINT_FOLDER, check_output_dir, prepare_output_dir, read_run_id, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -348,6 +348,6 @@ def run_program(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
-    except (NonFiniteError, TooManyFailuresError, CheckpointError) as error:
+    except (NonFiniteError, DivergedError, TooManyFailuresError, CheckpointError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from raptor_hf.recipes.loop import DivergedError, NonFiniteError, NonFiniteGuard, RisingLossGuard
 from training.studies import learning_rates
 from training.studies.learning_rates import best_rate, measure, without_paths
 
@@ -20,11 +21,15 @@ def test_a_run_that_is_there_is_read_and_one_that_fails_otherwise_is_an_error(tm
     scores = {"fidelity": {"r2": [0.5, 0.7]}, "seconds": {"stage2": 3.0}}
     (tmp_path / "metrics.json").write_text(json.dumps(scores))
     assert measure("", 0.01, tmp_path) == {"mean_r2": 0.6, "last_r2": 0.7, "seconds": 3.0}
-    ends = {"DivergedError": "raptor_hf.recipes.loop.DivergedError: the loss is 3", "other": "OSError: no such teacher"}
-    for kind, stderr in ends.items():
+    with pytest.raises(DivergedError) as risen:
+        RisingLossGuard(1, first=2.0).check(5, 3.0, lr=0.1)
+    with pytest.raises(NonFiniteError) as not_finite:
+        NonFiniteGuard().check(5, False, ["an image"])
+    for kind, error in (("diverged", risen), ("diverged", not_finite), ("other", "no such teacher")):
+        stderr = f"distill.py: error: {getattr(error, 'value', error)}"
         done = SimpleNamespace(returncode=1, stderr=stderr)
         monkeypatch.setattr(learning_rates.subprocess, "run", lambda *args, done=done, **options: done)
-        if kind == "DivergedError":
+        if kind == "diverged":
             assert measure("config.yaml", 0.01, tmp_path / "diverged")["mean_r2"] is None
         else:
             with pytest.raises(RuntimeError, match="no such teacher"):
