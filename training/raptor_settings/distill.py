@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .declare import check_settings, setting
+from .run import RunSettings
 
 OptimizerName = Literal["adamw", "muon"]
 
 
-@dataclass(frozen=True)
-class DistillSettings:
+@dataclass(frozen=True, kw_only=True)
+class DistillSettings(RunSettings):
     """Distil a teacher into a Raptor; schedule, optimizer and losses are the published ones (arXiv 2512.19941)."""
 
     recipe: ClassVar[str] = "distill"
@@ -31,15 +32,12 @@ class DistillSettings:
         at_least=1,
         at_most=10_000,
     )
-    dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
-    dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
     train_split: str = setting("train", help="split that the student is trained on", group="images")
     test_split: str | None = setting(
         None,
         help="split that the fidelity is measured on; none takes validation, test or held_out, 10 % of train_split",
         group="images",
     )
-    image_column: str | None = setting(None, help="column of the images; none finds it", group="images")
     label_column: str | None = setting(None, help="column of the class labels; none finds it", group="images")
     streaming: bool = setting(
         False, help="read a data set of the Hub while training, without storing it", group="images"
@@ -189,9 +187,6 @@ class DistillSettings:
     )
     gradient_checkpointing: bool = setting(False, help="save memory by computing activations twice", group="machine")
     compile: bool = setting(False, help="compile the blocks", group="machine")
-    num_workers: int = setting(
-        0, help="processes that read images, for each training process", group="machine", at_least=0, at_most=1024
-    )
     seed: int = setting(0, help="seed of weights, order of images and noise", group="run", at_least=0, below=2**32)
     eval_batch_size: int = setting(
         64,
@@ -207,16 +202,6 @@ class DistillSettings:
     eval_every: int = setting(
         0, help="steps between evaluations; 0 evaluates at the end only", group="run", unit="steps", at_least=0
     )
-    log_every: int = setting(100, help="steps between log lines", group="run", unit="steps", above=0)
-    checkpoint_every: int = setting(1000, help="steps between checkpoints", group="run", unit="steps", above=0)
-    keep_checkpoints: int = setting(2, help="checkpoints that are kept", group="run", above=0)
-    max_nonfinite_steps: int = setting(
-        0,
-        help="steps without finite loss and gradients that are skipped before the run stops",
-        group="run",
-        unit="steps",
-        at_least=0,
-    )
     max_rising_steps: int = setting(
         100,
         help="steps in a row with a loss above 1.5 times the first one, after which the run stops; 0 never stops it",
@@ -224,15 +209,6 @@ class DistillSettings:
         unit="steps",
         at_least=0,
     )
-    max_decode_failures: int = setting(
-        100,
-        help="unreadable images that a process tolerates before the run stops",
-        group="run",
-        unit="images",
-        at_least=0,
-    )
-    tracker: str | None = setting(None, help="accelerate tracker to log to, such as tensorboard", group="run")
-    override: bool = setting(False, help="take output_dir even if it holds another run", group="run")
 
     def __post_init__(self) -> None:
         if self.block_repeats is None and self.num_blocks is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .declare import check_settings, setting
+from .run import RunSettings
 
 Task = Literal["image-classification", "semantic-segmentation", "depth-estimation"]
 # what is measured, as the task's accumulator names it, and whether more of it is better; the published number first
@@ -32,8 +33,8 @@ _PAIRS = {"crop_area": "smallest and largest", "crop_ratio": "smallest and large
 _PUBLISHED = "; none takes the published value of the task"
 
 
-@dataclass(frozen=True)
-class ProbeSettings:
+@dataclass(frozen=True, kw_only=True)
+class ProbeSettings(RunSettings):
     """Train a linear head on a frozen backbone, report its metric and save it as a variant of the model."""
 
     recipe: ClassVar[str] = "probe"
@@ -61,15 +62,12 @@ class ProbeSettings:
     init_head: str | None = setting(
         None, help="start from the model's own classifier, another variant, or a file in Meta's format", group="student"
     )
-    dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
-    dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
     train_split: str = setting("train", help="split that the head is trained on", group="images")
     test_split: str | None = setting(
         None,
         help="split that the metric is measured on; none takes validation, test or held_out, 10 % of train_split",
         group="images",
     )
-    image_column: str | None = setting(None, help="column of the images; none finds it", group="images")
     label_column: str | None = setting(None, help="column of the truth; none finds it", group="images")
     image_size: int | None = setting(
         None,
@@ -193,9 +191,6 @@ class ProbeSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, help="precision of the backbone's arithmetic; none takes accelerate's setting", group="machine"
     )
-    num_workers: int = setting(
-        0, help="processes that read images, for each training process", group="machine", at_least=0, at_most=1024
-    )
     cache_gb: float = setting(
         4.0, help="size up to which features are kept in memory", group="machine", unit="GB", at_least=0
     )
@@ -210,25 +205,6 @@ class ProbeSettings:
         above=0,
         at_most=1_048_576,
     )
-    log_every: int = setting(100, help="steps between log lines", group="run", unit="steps", above=0)
-    checkpoint_every: int = setting(1000, help="steps between checkpoints", group="run", unit="steps", above=0)
-    keep_checkpoints: int = setting(2, help="checkpoints that are kept", group="run", above=0)
-    max_nonfinite_steps: int = setting(
-        0,
-        help="steps without finite loss and gradients that are skipped before the run stops",
-        group="run",
-        unit="steps",
-        at_least=0,
-    )
-    max_decode_failures: int = setting(
-        100,
-        help="unreadable images that a process tolerates before the run stops",
-        group="run",
-        unit="images",
-        at_least=0,
-    )
-    tracker: str | None = setting(None, help="accelerate tracker to log to, such as tensorboard", group="run")
-    override: bool = setting(False, help="take output_dir even if it holds another run", group="run")
 
     def __post_init__(self) -> None:
         metrics = METRICS[self.task]

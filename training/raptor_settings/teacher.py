@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from .declare import check_settings, setting
+from .run import RunSettings
 
 
-@dataclass(frozen=True)
-class TeacherSettings:
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(RunSettings):
     """Train a small ViT from random weights, as a teacher where none exists."""
 
     recipe: ClassVar[str] = "teacher"
@@ -16,15 +17,12 @@ class TeacherSettings:
 
     dataset: str = setting(help="labelled images, a name on the Hub, a folder, or digits", group="images")
     output_dir: str = setting(help="folder of the run: checkpoints, then the teacher", group="run")
-    dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
-    dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
     train_split: str = setting("train", help="split that the teacher is trained on", group="images")
     test_split: str | None = setting(
         None,
         help="split that the accuracy is measured on; none takes validation, test or held_out, 10 % of train_split",
         group="images",
     )
-    image_column: str | None = setting(None, help="column of the images; none finds it", group="images")
     label_column: str | None = setting(None, help="column of the class labels; none finds it", group="images")
     image_size: int = setting(32, help="side of the images", group="teacher", unit="pixels", above=0, at_most=16_384)
     patch_size: int = setting(4, help="side of a patch", group="teacher", unit="pixels", above=0, at_most=16_384)
@@ -91,34 +89,12 @@ class TeacherSettings:
     mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
         None, help="precision of the arithmetic; none takes accelerate's setting", group="machine"
     )
-    num_workers: int = setting(
-        0, help="processes that read images, for each training process", group="machine", at_least=0, at_most=1024
-    )
     seed: int = setting(
         0, help="seed of weights, order of images and augmentation", group="run", at_least=0, below=2**32
     )
     eval_every: int = setting(
         0, help="steps between evaluations; 0 evaluates at the end only", group="run", unit="steps", at_least=0
     )
-    log_every: int = setting(100, help="steps between log lines", group="run", unit="steps", above=0)
-    checkpoint_every: int = setting(1000, help="steps between checkpoints", group="run", unit="steps", above=0)
-    keep_checkpoints: int = setting(2, help="checkpoints that are kept", group="run", above=0)
-    max_nonfinite_steps: int = setting(
-        0,
-        help="steps without finite loss and gradients that are skipped before the run stops",
-        group="run",
-        unit="steps",
-        at_least=0,
-    )
-    max_decode_failures: int = setting(
-        100,
-        help="unreadable images that a process tolerates before the run stops",
-        group="run",
-        unit="images",
-        at_least=0,
-    )
-    tracker: str | None = setting(None, help="accelerate tracker to log to, such as tensorboard", group="run")
-    override: bool = setting(False, help="take output_dir even if it holds another run", group="run")
 
     def __post_init__(self) -> None:
         check_settings(self)
