@@ -149,6 +149,34 @@ class ResultsSettings:
             raise ValueError("rows is empty; give at least one 'name = pattern of model folders'")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RealTeacherSettings:
+    """Measure a student beside its teacher on photographs that it has not seen, at several sizes."""
+
+    recipe: ClassVar[str] = "real_teacher"
+    command: ClassVar[str] = "python -m training.studies.real_teacher"
+    example: ClassVar[str] = "--student runs/vits14_k3 --teacher PATH --datasets test.parquet --output_dir out"
+
+    title: str = setting("A student beside its teacher", help="title of the table", group="run")
+    student: str = setting(help="run of distill.py", group="student")
+    teacher: str = setting(help="its teacher", group="teacher")
+    datasets: list[str] = setting(help="folders or parquet files of photographs", group="images")
+    output_dir: str = setting(help="folder of the table, the figures and the numbers", group="run")
+    sizes: list[int] = setting(
+        [112, 224], help="sides of the images", group="images", unit="pixels", above=0, at_most=4096
+    )
+    num_images: int | None = setting(None, help="photographs of each set; none takes all", group="images", above=0)
+    batch_size: int = setting(32, help="photographs at a time", group="machine", above=0, at_most=65_536)
+    decoder: str | None = setting(
+        None, help="safetensors file of a saliency decoder, whose maps are compared", group="teacher"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.datasets or not self.sizes:
+            raise ValueError("datasets and sizes must each hold at least one")
+
+
 def check_plan(variants: Sequence[str], seeds: Sequence[int]) -> None:
     """Refuse what no study can run.
 
