@@ -6,6 +6,7 @@ import math
 
 import torch
 from accelerate import Accelerator
+from huggingface_hub.errors import StrictDataclassError
 from raptor_settings.resources import find_model
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -22,7 +23,7 @@ from .student import make_student, trial_partition
 logger = logging.getLogger(__name__)
 
 # what a damaged file of weights, or numbers in a configuration that no model can have, raise in transformers
-UNREADABLE = (SafetensorError, ArithmeticError, TypeError, RuntimeError, AttributeError, KeyError)
+UNREADABLE = (SafetensorError, StrictDataclassError, ArithmeticError, TypeError, RuntimeError, AttributeError, KeyError)
 
 
 def open_inputs(

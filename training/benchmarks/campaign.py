@@ -96,6 +96,7 @@ class Campaign:
     place: Path
     draw: random.Random
     outcomes: list[Outcome] = field(default_factory=list)
+    whole_runs: dict[tuple[str, int], tuple[str, dict[str, int]]] = field(default_factory=dict)
 
     def note(self, kind: str, name: str, ok: bool, detail: str = "") -> None:
         """Keep an outcome, and print it."""
@@ -264,6 +265,8 @@ def last_line(log: Path) -> str:
 
 def whole_run(campaign: Campaign, recipe: str, num_processes: int) -> tuple[str, dict[str, int]]:
     """Weights of a run that nothing stops, and how often it comes to each moment."""
+    if (recipe, num_processes) in campaign.whole_runs:
+        return campaign.whole_runs[recipe, num_processes]
     folder = campaign.place / f"{recipe}-{num_processes}-whole"
     run = Run(recipe, settings_of(campaign, recipe, folder), folder.with_suffix(".log"), num_processes)
     counts: dict[str, int] = {}
@@ -271,7 +274,8 @@ def whole_run(campaign: Campaign, recipe: str, num_processes: int) -> tuple[str,
         counts[moment] = counts.get(moment, 0) + 1
     if any(statuses := run.wait()):
         raise RuntimeError(f"{recipe} ended with {statuses}: {last_line(folder.with_suffix('.log'))}")
-    return weights_of(recipe, folder), counts
+    campaign.whole_runs[recipe, num_processes] = weights_of(recipe, folder), counts
+    return campaign.whole_runs[recipe, num_processes]
 
 
 def kill_runs(campaign: Campaign, recipe: str, num_processes: int, num_kills: int, kills_per_run: int = 4) -> None:
