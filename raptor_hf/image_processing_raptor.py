@@ -62,8 +62,8 @@ def viewed_image(image: Image.Image) -> Image.Image:
     _check_aspect(name, image.height, image.width)
     if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    # Pillow before 11 opens 16-bit PNGs in mode I
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    # Pillow opens 16-bit PGM files in mode I, and before version 11 PNG files too
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         values = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):

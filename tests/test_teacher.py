@@ -255,7 +255,7 @@ def test_precision_is_the_one_asked_for_or_that_of_autocast(tmp_path):
 
 @pytest.mark.parametrize("name", ["missing/folder/of/mine", "./missing", "/missing"])
 def test_a_path_where_nothing_is_says_so(name):
-    with pytest.raises(FileNotFoundError, match=f"name_or_path='{name}'"):
+    with pytest.raises(FileNotFoundError, match=f"'{name}' is no such folder, and no repository"):
         load_teacher(name)
 
 

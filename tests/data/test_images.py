@@ -140,13 +140,13 @@ class TestModes:
     @pytest.mark.parametrize("dtype, mode", [(np.float32, "F"), (np.int32, "I")])
     def test_numbers_without_a_range_are_refused_by_the_name_of_their_mode(self, tmp_path, dtype, mode):
         PIL.Image.fromarray((self.ramp / 65535).astype(dtype)).save(tmp_path / "0.tiff")
-        with pytest.raises(ImageDecodeError, match=f"0.tiff: ValueError: its mode is '{mode}'"):
+        with pytest.raises(ImageDecodeError, match=f"0.tiff' has mode '{mode}'.* range is not known"):
             open_images(str(tmp_path), "train").decode(0)
 
     @pytest.mark.parametrize("size", [(1, 3000), (50_000, 20)])
     def test_a_long_thin_image_is_unreadable_before_anything_resizes_it(self, tmp_path, size):
         PIL.Image.new("RGB", size).save(tmp_path / "0.png")
-        message = f"0.png: ValueError: is {size[0]} x {size[1]} pixels; one side must be at most 100 times the other"
+        message = f"0.png' is {size[1]} x {size[0]} pixels large; its longer side must be at most 200 times the shorter"
         with pytest.raises(ImageDecodeError, match=message):
             open_images(str(tmp_path), "train").decode(0)
 
