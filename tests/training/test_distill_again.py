@@ -36,6 +36,25 @@ SHORT = {
     "input_noise": 0.1,
     "normalize_loss": True,
 }
+# what a probe of the student adds to metrics.json
+PROBE = {
+    "task": "image-classification",
+    "dataset": "digits",
+    "split": "test",
+    "metric": "accuracy",
+    "seeds": [0],
+    "last": {"accuracy": [0.5]},
+    "best": {"epoch": [1], "accuracy": [0.5]},
+    "higher_is_better": True,
+    "num_images": 12,
+    "epochs": 1,
+    "steps": 4,
+    "batch_size": 8,
+    "learning_rate": 0.01,
+    "image_size": [8, 8],
+    "head_parameters": 330,
+    "command": "training/probe.py",
+}
 
 
 def save_teacher(folder: Path, seed: int = 0) -> Path:
@@ -129,12 +148,12 @@ def test_another_test_split_is_evaluated_with_the_same_weights(run, monkeypatch)
     before, weights = metrics(folder), (folder / "model.safetensors").read_bytes()
     config = json.loads((folder / "config.json").read_text()) | {"num_segmentation_labels": 7}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.json").write_text(json.dumps(before | {"probes": {"digits": {}}}))
+    (folder / "metrics.json").write_text(json.dumps(before | {"probes": {"digits": PROBE}}))
     monkeypatch.setattr(distill.Run, "backward", None)
     run(test_split="test[12:24]", eval_every=3)
     after = metrics(folder)
     assert after["fidelity"]["r2"] != before["fidelity"]["r2"] and after["run_id"] == before["run_id"]
-    assert after["evaluated_on"]["split"] == "test[12:24]" and after["probes"] == {"digits": {}}
+    assert after["evaluated_on"]["split"] == "test[12:24]" and after["probes"]["digits"].items() >= PROBE.items()
     assert [entry["stage"] for entry in after["evaluations"]] == [2]  # the others are of the former images
     assert (folder / "model.safetensors").read_bytes() == weights
     assert json.loads((folder / "config.json").read_text()) == config

@@ -316,7 +316,7 @@ def test_bad_settings_are_told_before_any_work(run, student, monkeypatch, capsys
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "a b", ".hidden"])
 def test_the_name_of_a_head_on_a_teacher_is_checked_before_any_work(run, teacher, monkeypatch, capsys, name):
-    monkeypatch.setattr(probe, "load_backbone", None)
+    monkeypatch.setattr("raptor_hf.recipes.probe_inputs.load_backbone", None)
     with pytest.raises(SystemExit) as exit:
         run(teacher, variant=name)
     assert exit.value.code == 2 and f"variant is {name!r}" in capsys.readouterr().err

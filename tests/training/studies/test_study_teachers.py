@@ -54,7 +54,7 @@ def in_this_process(recipe, monkeypatch):
     """Runs the planned commands here, which spares importing torch for each; returns what was run, as it runs."""
     scripts = []
 
-    def run_one(run, environment):
+    def run_one(run, environment, children):
         script = Path(run.command[1])
         scripts.append((script.name, run.variant, run.seed))
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -62,7 +62,7 @@ def in_this_process(recipe, monkeypatch):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", run.command[1:])
             importlib.import_module(f"training.{script.stem}").main()
-        return 0
+        return 0, "done"
 
     monkeypatch.setattr(importlib.import_module("training.studies.study"), "run_one", run_one)
     return scripts
