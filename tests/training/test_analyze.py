@@ -149,7 +149,7 @@ def test_a_report_is_replaced_whole_and_other_folders_are_left_alone(tmp_path, m
     # one model without students: its phases are found, and there is no epsilon
     assert "(normalized)" in before and not (tmp_path / "a" / "figures" / "epsilon.png").exists()
     # two images are too few for angles within classes
-    assert "| angular basins | - |" in before and not (tmp_path / "a" / "figures" / "class_angles.png").exists()
+    assert "| **angular basins** | - |" in before and not (tmp_path / "a" / "figures" / "class_angles.png").exists()
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "thesis.tex").write_text("precious")
     with pytest.raises(SystemExit):
