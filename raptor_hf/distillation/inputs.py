@@ -7,6 +7,7 @@ import math
 import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import StrictDataclassError
+from raptor_settings.distill import DistillSettings
 from raptor_settings.resources import find_model
 from safetensors import SafetensorError
 from transformers import AutoConfig
@@ -17,7 +18,6 @@ from ..data.labels import ClassMatch, match_classes
 from ..data.sources import open_splits
 from ..families import check_family, vision_config
 from ..teacher import Teacher, load_teacher
-from .settings import DistillSettings
 from .student import make_student, trial_partition
 
 logger = logging.getLogger(__name__)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from raptor_settings.distill import DistillSettings
 
 from .. import figures
 from ..phases import Partition, other_phases
@@ -18,7 +19,6 @@ from ..recipes.loop import progress_bar
 from ..recipes.session import Session
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
-from .settings import DistillSettings
 from .student import choose_partition
 from .task import LayerVariance
 

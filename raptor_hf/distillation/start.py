@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from raptor_settings.distill import DistillSettings
 from torch import Tensor, nn
 
 from ..modeling_raptor import RaptorBlock, RaptorPreTrainedModel, StepModulation
 from ..recipes.loop import progress_bar
 from ..teacher import Teacher
-from .settings import DistillSettings
 from .task import LayerVariance, runs
 
 # the last projection of each branch, with what the "low_rank" conditioning changes of it

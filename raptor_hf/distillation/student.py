@@ -3,13 +3,13 @@
 from typing import Any
 
 import numpy as np
+from raptor_settings.distill import DistillSettings
 from torch import nn
 
 from ..conversion import student_from_teacher
 from ..phases import Partition, boundary_stability, find_phases, random_contiguous, random_fragmented
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
-from .settings import DistillSettings
 
 
 def choose_partition(

@@ -1,5 +1,6 @@
 """What training recipes share around their own loop.
 
-`settings`: YAML files and flags. `loop`: learning rate, log lines, guards. `checkpoint`: crash-safe saving and exact
-resuming. `optimizers`: AdamW and Muon. `files`: atomic writes.
+`session`: the folder of a run, taken by one process at a time, resumed and saved. `checkpoint`: crash-safe saving and
+exact resuming. `loop`: learning rate, log lines, guards. `optimizers`: AdamW and Muon. `run_metrics`: the schema of
+metrics.json. `files`, `lock`, `fingerprints`: whole files, one writer, the same inputs. `settings`: the folder's own.
 """

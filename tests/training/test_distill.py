@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from raptor_settings.distill import DistillSettings
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -36,7 +37,6 @@ from raptor_hf import RaptorConfig, RaptorModel
 from raptor_hf.data import images as image_module
 from raptor_hf.data.images import ImageSet, load_image_processor, open_images
 from raptor_hf.data.loaders import TooManyFailuresError, train_loader
-from raptor_hf.distillation.settings import DistillSettings
 from raptor_hf.distillation.student import choose_partition, make_student
 from raptor_hf.distillation.task import DistillationTask
 from raptor_hf.modeling_raptor import RaptorBlock
