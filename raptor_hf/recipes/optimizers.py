@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..modeling_raptor import RaptorBlock
 
 # the learning rate of what Muon leaves to AdamW, relative to Muon's
-ADAMW_SHARE = 0.25
+ADAMW_SHARE = 0.5
 
 
 def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:
