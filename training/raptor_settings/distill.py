@@ -126,7 +126,7 @@ class DistillSettings(RunSettings):
     )
     learning_rate: float = setting(
         3e-4,
-        help="learning rate after the warm-up; that of muon is relative to each matrix, try 1e-2",
+        help="learning rate after the warm-up; that of muon is relative to each matrix, try 5e-3 to 2e-2",
         group="training",
         above=0,
     )
