@@ -75,8 +75,8 @@ def best_rate(rates: list[float], scores: list[float | None]) -> float:
 
 
 def without_paths(arguments: list[str]) -> list[str]:
-    """Arguments with absolute paths, those of one machine, as their last part."""
-    return [Path(text).name if text.startswith("/") else text for text in arguments]
+    """Arguments with paths out of the working directory, those of one machine, as their last part."""
+    return [Path(text).name if text.startswith(("/", "..")) else text for text in arguments]
 
 
 def plot(rates: list[float], series: dict[str, list[dict[str, Any]]], path: Path) -> None:

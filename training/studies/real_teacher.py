@@ -3,8 +3,8 @@
     python -m training.studies.real_teacher --student runs/vits14_k3 --teacher path/to/teacher \
         --datasets caltech101-test.parquet --decoder saliency_head.safetensors --output_dir out
 
-Writes table.md, results.json, fidelity.png and, with a decoder, maps.png: the saliency that it reads in the last state
-of both models. Costs a minute for every 500 photographs of 112 pixels on one core.
+Writes table.md, results.json, fidelity.png, features.png and, with a decoder, maps.png: the saliency that it reads in
+the last state of both models. Costs a minute for every 500 photographs of 112 pixels on one core.
 """
 
 from raptor_settings.parse import parse_settings
@@ -16,6 +16,9 @@ if __name__ == "__main__":
     parse_settings(RealTeacherSettings)
 
 import logging
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.data.loaders import eval_loader
+from raptor_hf.dynamics.explorer import feature_colours
+from raptor_hf.dynamics.motion import directions
 from raptor_hf.families import FAMILIES
 from raptor_hf.figures import saved
 from raptor_hf.metrics import FidelityAccumulator
@@ -39,11 +44,14 @@ from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import Teacher, load_teacher
 
 from .conclusions import markdown_table
+from .learning_rates import without_paths
 
 logger = logging.getLogger("real_teacher")
 
 # the shorter side before the crop, in units of the crop's side, as in the usual 256 and 224
 RESIZE = 8 / 7
+# photographs and steps whose features are drawn
+NUM_SHOWN, NUM_STEPS = 3, 7
 
 
 def main() -> None:
@@ -55,7 +63,7 @@ def main() -> None:
         folder = Path(settings.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         metrics = StudentMetrics.read(settings.student)
-    rows, pictures = [], None
+    rows, pictures, features = [], None, None
     for dataset in settings.datasets:
         for side in settings.sizes:
             processor = processor_of(settings.teacher, side)
@@ -66,15 +74,28 @@ def main() -> None:
             rows.append({"dataset": name, "size": side, **row})
             logger.info("%s at %d px: mean R2 %.3f, last %.3f", name, side, row["r2_mean"], row["r2_last"])
             pictures = pictures or (shown and (shown, processor))
+            if features is None and side == max(settings.sizes):
+                features = next(iter(batches))["pixel_values"][:NUM_SHOWN], processor
     parameters = {"teacher": teacher.num_parameters, "student": student.num_parameters}
     record = {"title": settings.title, "parameters": parameters, "blocks": metrics.blocks, "seconds": metrics.seconds}
-    record |= {"trained_on": metrics.device, "rows": rows, **describe_environment(torch.device("cpu"))}
+    record |= {
+        "command": command_of(sys.argv[1:]),
+        "trained_on": metrics.device,
+        "rows": rows,
+        **describe_environment(torch.device("cpu")),
+    }
     write_json(folder / "results.json", record)
     write_text_atomically(folder / "table.md", table(record))
     plot_fidelity(rows, metrics.blocks, folder / "fidelity.png")
+    plot_features(teacher, student, *features, folder / "features.png")
     if pictures:
         plot_maps(*pictures, folder / "maps.png")
-    print(f"saved to {folder}: table.md, results.json, fidelity.png{' and maps.png' if pictures else ''}")
+    print(f"saved to {folder}: table.md, results.json and figures")
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command that writes the page; of paths outside of the working directory only the names."""
+    return shlex.join(["python", "-m", "training.studies.real_teacher", *without_paths(list(arguments))])
 
 
 def processor_of(model: str, side: int) -> BaseImageProcessor:
@@ -180,7 +201,10 @@ def table(record: dict[str, Any]) -> str:
     training = sum(seconds for name, seconds in record["seconds"].items() if name != "evaluation")
     words = f"Student of {len(record['blocks'])} blocks, layers {blocks}, {own / 1e6:.2f} M of {whole / 1e6:.2f} M "
     words += f"parameters ({own / whole:.0%}), trained in {training / 60:.0f} minutes on {record['trained_on']}."
-    return f"# {record['title']}\n\n{words}\n\n{markdown_table(titles, rows)}\n"
+    parts = [f"# {record['title']}", words, f"    {record['command']}", markdown_table(titles, rows)]
+    parts += ["![Fidelity by layer](fidelity.png)", "![Features over depth, teacher above student](features.png)"]
+    parts += ["![What the teacher's decoder reads in both](maps.png)"] if has_maps else []
+    return "\n\n".join(parts) + "\n"
 
 
 def plot_fidelity(rows: list[dict[str, Any]], blocks: list[list[int]], path: Path) -> Figure:
@@ -197,16 +221,49 @@ def plot_fidelity(rows: list[dict[str, Any]], blocks: list[list[int]], path: Pat
     return saved(figure, path, dpi=150)
 
 
+def plot_features(
+    teacher: Teacher, student: Teacher, pixel_values: Tensor, processor: BaseImageProcessor, path: Path
+) -> Figure:
+    """Patches over depth, in three principal components of the teacher's as colours: teacher above student."""
+    first = teacher.tokens.num_prefix_tokens
+    states = [model.trajectory(pixel_values).float() for model in (teacher, student)]
+    colours = feature_colours([directions(trajectory)[:, :, first:] for trajectory in states])
+    steps = np.linspace(0, teacher.num_layers, NUM_STEPS).round().astype(int)
+    photographs = denormalized(pixel_values, processor)
+    side = pixel_values.shape[-1] // teacher.patch_size
+    figure = Figure(figsize=(1.2 * (len(steps) + 1), 2.5 * len(photographs)), layout="constrained")
+    grid = figure.subplots(2 * len(photographs), len(steps) + 1, squeeze=False)
+    for index, photograph in enumerate(photographs):
+        for row, own in enumerate(colours):
+            for column, step in enumerate(steps, start=1):
+                axes = grid[2 * index + row, column]
+                axes.imshow(own[index, step].reshape(side, side, 3))
+                if index == row == 0:
+                    axes.set_title(f"step {step}" if step else "embedding", fontsize=9)
+        grid[2 * index, 0].imshow(photograph)
+        grid[2 * index + 1, 0].axis("off")
+        for row, title in enumerate(("teacher", "student")):
+            grid[2 * index + row, 1].set_ylabel(title, fontsize=9)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    return saved(figure, path, dpi=150)
+
+
+def denormalized(pixel_values: Tensor, processor: BaseImageProcessor) -> Tensor:
+    """The images that a processor has normalised, (B, H, W, 3), from 0 to 1."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    return (pixel_values * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+
+
 def plot_maps(
     shown: tuple[Tensor, Tensor, Tensor], processor: BaseImageProcessor, path: Path, count: int = 8
 ) -> Figure:
     """Photographs above what the decoder reads in the teacher's and in the student's last state."""
     images, *maps = (tensor[:count] for tensor in shown)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     figure = Figure(figsize=(1.5 * len(images), 4.8), layout="constrained")
     grid = figure.subplots(3, len(images), squeeze=False)
-    for column, image in enumerate(images):
-        grid[0, column].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0))
+    for column, image in enumerate(denormalized(images, processor)):
+        grid[0, column].imshow(image)
         for row, own in enumerate(maps, start=1):
             grid[row, column].imshow(own[column], cmap="cividis", vmin=0, vmax=1)
     for row, title in enumerate(("photograph", "teacher", "student")):

@@ -7,7 +7,7 @@ from raptor_hf.conversion import student_from_teacher
 from raptor_hf.phases import Partition
 from raptor_hf.teacher import Teacher
 from tests.support.tiny_models import DIM, NUM_LAYERS, images, tiny_dinov2
-from training.studies.real_teacher import alike, compare, saliency, table
+from training.studies.real_teacher import alike, command_of, compare, saliency, table
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,12 @@ def test_likeness_is_correlation_and_mean_difference():
 def test_the_page_says_size_blocks_and_time():
     row = {"dataset": "photographs", "size": 112, "r2": [0.5], "r2_mean": 0.5, "r2_last": 0.4}
     record = {"title": "A study", "parameters": {"teacher": 4_000_000, "student": 1_000_000}, "blocks": [[1, 2], [3]]}
-    record |= {"seconds": {"stage2": 120.0, "evaluation": 600.0}, "trained_on": "a CPU"}
+    record |= {"seconds": {"stage2": 120.0, "evaluation": 600.0}, "trained_on": "a CPU", "command": "python x"}
     text = table(record | {"rows": [row | {"cosine_last": {"patches": 0.9}}]})
     assert "layers [1-2][3-3], 1.00 M of 4.00 M parameters (25%), trained in 2 minutes on a CPU" in text
     assert "| photographs | 112 | 0.500 | 0.400 | - | 0.900 |" in text
+
+
+def test_the_command_names_no_machines_paths():
+    words = command_of(["--student", "/home/someone/runs/k3", "--teacher", "../models/vit", "--sizes", "112"]).split()
+    assert words[3:] == ["--student", "k3", "--teacher", "vit", "--sizes", "112"]
