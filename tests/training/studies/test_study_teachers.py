@@ -87,7 +87,7 @@ def test_plan_is_every_teacher_with_every_seed_and_a_student_of_each(recipe, set
         assert pair.student.settings.teacher == pair.teacher.folder.as_posix()
         assert pair.student.settings.seed == pair.teacher_settings.seed == pair.seed
         assert (pair.teacher_settings.steps, pair.student.settings.stage2_steps) == (3, 2)
-        assert pair.student.settings.init == "middle"  # of the base
+        assert pair.student.settings.init == "fitted"  # of the base
         assert [Path(run.command[1]).is_file() for run in (pair.teacher, pair.student)] == [True, True]
     assert len({run.folder for pair in pairs for run in (pair.teacher, pair.student)}) == 8
     assert pairs[1].teacher.folder.parts[-3:] == ("teachers", "p-0-5", "seed-3")
