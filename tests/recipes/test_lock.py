@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,3 +87,26 @@ def test_disk_without_locks_goes_on_with_a_warning(tmp_path, monkeypatch, caplog
     monkeypatch.setattr(lock_module.fcntl, "lockf", refuse)
     FolderLock.take(tmp_path).release()
     assert "the disk has no locks" in caplog.text
+
+
+def test_a_lock_of_windows_refuses_the_second_and_is_given_back(tmp_path, monkeypatch):
+    """`msvcrt` as its documentation has it: a locked byte refuses others, and goes free when its file is closed."""
+    locked: dict[int, int] = {}
+
+    def locking(descriptor, mode, num_bytes):
+        assert (mode, num_bytes) == (2, 1) and os.lseek(descriptor, 0, os.SEEK_CUR) == lock_module._LOCKED_BYTE
+        inode = os.fstat(descriptor).st_ino
+        holder = locked.get(inode)
+        if holder not in (None, descriptor):
+            raise OSError(13, "Permission denied")
+        locked[inode] = descriptor
+
+    monkeypatch.setattr(lock_module, "fcntl", None)
+    monkeypatch.setattr(lock_module, "msvcrt", SimpleNamespace(locking=locking, LK_NBLCK=2))
+    held = FolderLock.take(tmp_path)
+    held.sign()
+    with pytest.raises(ValueError, match=f"process {os.getpid()}"):
+        FolderLock.take(tmp_path)
+    locked.clear()  # the system does so when the holder closes the file, or dies
+    held.release()
+    FolderLock.take(tmp_path).release()

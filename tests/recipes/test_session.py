@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from raptor_hf.recipes.loop import NonFiniteError, is_step_finite
 from raptor_hf.recipes.session import Session, check_launch, holds_backbone, run_program, save_model, whole_weights
 from raptor_hf.recipes.settings import read_run_id
 from tests.support.tiny_models import tiny_dinov2
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -300,3 +303,18 @@ def test_fingerprint_of_images_is_that_of_their_content(tmp_path):
     path.write_bytes(b"another")
     os.utime(path, (0, 0))
     assert fingerprint_dataset(SimpleNamespace(dataset=rows, title="t")) != before
+
+
+def test_recipes_import_where_resource_and_fcntl_are_missing_as_on_windows():
+    code = """
+import sys
+import accelerate, datasets, torch, transformers  # on Linux some of their packages need both
+import raptor_hf
+sys.modules.update(dict.fromkeys(("resource", "fcntl")))
+from raptor_hf.recipes import checkpoint, files, loop, session
+assert loop.peak_memory_bytes(torch.device("cpu")) is None
+"""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "training"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
