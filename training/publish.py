@@ -125,7 +125,7 @@ def print_stale(target: Target) -> None:
 def hub_errors(token: str) -> Iterator[None]:
     """Turns what the client raises into an OSError of one line, without token, addresses of uploads or traceback.
 
-    For requests only: of work done here a RuntimeError is worth its traceback.
+    For requests only: a RuntimeError of work done here shows its traceback.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Train a small DINOv2 with registers to classify images: a teacher where no pretrained one fits or can be had.
+"""Train a small DINOv2 with registers to classify images: a teacher where no pretrained one fits.
 
     accelerate launch --config_file training/accelerate/cpu.yaml training/train_teacher.py CONFIG.yaml
     accelerate launch training/train_teacher.py training/configs/teacher/cifar10.yaml --batch_size 128

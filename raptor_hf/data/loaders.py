@@ -172,7 +172,7 @@ def train_loader(
             no more than there are cores, which changes no batch.
         shuffle: whether to permute every epoch; otherwise each runs in the order of the set.
         shuffle_buffer: undecoded images that each worker holds to shuffle a stream.
-        max_failures: unreadable images that each process puts up with.
+        max_failures: unreadable images that each process tolerates before it stops.
         augment: changes an image and its label or map; all its randomness must come from the generator it is given,
             and `num_workers` other than 0 may need it to be picklable.
         collate: makes tensors of the images and labels or maps of a batch, as those of `transforms` do; None
@@ -235,7 +235,7 @@ def eval_loader(
         num_processes: among which the images are shared.
         num_workers: worker processes of this process, 0 to read in the process itself.
         limit: use only so many images from the start of the set, all processes together.
-        max_failures: unreadable images that each process puts up with.
+        max_failures: unreadable images that each process tolerates before it stops.
         collate: as in `train_loader`.
         pin_memory: as in `train_loader`.
 

@@ -145,7 +145,7 @@ def load_source(dataset: str, **arguments: Any) -> Any:
         return load_dataset(**arguments)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"dataset={dataset!r} is no folder or file with images here, and cannot be had from the Hub: {error}"
+            f"dataset={dataset!r} is no folder or file with images here, and the Hub does not give it: {error}"
         ) from error
     except ValueError as error:  # an unknown configuration, a split without a row
         raise ValueError(f"dataset={dataset!r}: {error}") from error

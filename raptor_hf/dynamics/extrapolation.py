@@ -143,7 +143,7 @@ class DepthExtrapolation(MomentAccumulator):
 
 @dataclass(frozen=True, eq=False)
 class EarlyExitResult(Result):
-    """What a model is worth if it stops where its states have settled; curves over images, one value per threshold.
+    """Scores of a model that stops where its states have settled; curves over images, one value per threshold.
 
     Attributes:
         rule: what falls below the threshold, for the cls token (the patch mean without one): "angular_speed", the turn

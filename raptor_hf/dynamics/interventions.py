@@ -242,7 +242,7 @@ def _apply(num_layers: int, kind: str, pairs: Sequence[tuple[int, int]]) -> tupl
 
 @dataclass(frozen=True, eq=False)
 class EditResult(Result):
-    """What a model is worth with another order of layers; curves (E,) over images, one value per edit.
+    """Scores of a model with another order of layers; curves (E,) over images, one value per edit.
 
     Attributes:
         edits: the edits, E of them.

@@ -26,7 +26,7 @@ ADAMW_SHARE = 0.5
 
 
 def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:
-    """Refuses an optimizer that cannot be had, before anything is built for it.
+    """Refuse an optimizer that is not available here, before anything is built for it.
 
     Args:
         name: as in `make_optimizer`.

@@ -61,7 +61,7 @@ def parse_settings(
 def user_errors() -> Iterator[None]:
     """Turn the errors that a user can mend, ValueError and OSError, into one line on the terminal and exit status 2.
 
-    For the part of a recipe that comes before the work: what fails later is worth its traceback.
+    For the part of a recipe that comes before the work: what fails later shows its traceback.
     """
     try:
         yield
