@@ -18,12 +18,13 @@ import logging
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from raptor_hf.data.images import check_image_size, load_image_processor, open_images
 from raptor_hf.dynamics.explorer import explore
+from raptor_hf.image_processing_raptor import viewed_image
 from raptor_hf.recipes.files import write_text_atomically
 from raptor_hf.recipes.settings import user_errors
 from raptor_hf.teacher import load_teacher
@@ -51,6 +52,7 @@ def main() -> None:
             std=processor.image_std,
             num_blocks=settings.num_blocks,
         )
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(settings.output, page)
     print(f"saved to {settings.output}: {len(titles)} photographs, {len(page) / 1e6:.1f} MB")
 
@@ -72,7 +74,7 @@ def open_photographs(
         for path in settings.images:
             try:
                 with Image.open(path) as image:
-                    pictures.append(ImageOps.exif_transpose(image).convert("RGB"))
+                    pictures.append(viewed_image(image).convert("RGB"))
             except OSError as error:
                 raise ValueError(f"images has {path!r}, which is no readable image: {error}") from error
     return titles, torch.cat([processor(images=[p], return_tensors="pt")["pixel_values"] for p in pictures])

@@ -27,7 +27,7 @@ class ExploreSettings:
         group="images",
     )
     num_blocks: int = setting(3, help="phases to find where there is no student", above=0, group="phases")
-    output: str = setting("explore.html", help="the page", group="run")
+    output: str = setting("runs/explore.html", help="the page", group="run")
 
     def __post_init__(self) -> None:
         check_settings(self)
