@@ -1,6 +1,6 @@
 """One page to look inside: photographs, and what a teacher and its student make of them step by step.
 
-    page = explore(teacher, student, photographs, pixel_values, mean, std)
+    page = explore(teacher, student, pixel_values, titles=titles, names=names, mean=mean, std=std)
     Path("explore.html").write_text(page)
 
 The page is one HTML file without a network: feature maps as colours, attention, speeds, the phases and the paths of all
@@ -229,10 +229,15 @@ def encoded(values: Tensor) -> str:
     return base64.b64encode(values.contiguous().numpy().tobytes()).decode()
 
 
+def denormalized(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """The images that a processor has normalised, (B, 3, H, W), as (B, H, W, 3) from 0 to 1."""
+    scale, shift = torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
+    return (pixel_values * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)
+
+
 def jpeg(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> str:
     """A normalised image, (3, H, W), as the data of a JPEG in base64."""
-    scale, shift = torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
-    array = ((pixels * scale + shift).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    array = (denormalized(pixels[None], mean, std)[0] * 255).round().to(torch.uint8).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="JPEG", quality=88)
     return base64.b64encode(buffer.getvalue()).decode()

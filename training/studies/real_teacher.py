@@ -32,7 +32,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.data.loaders import eval_loader
-from raptor_hf.dynamics.explorer import feature_colours
+from raptor_hf.dynamics.explorer import denormalized, feature_colours
 from raptor_hf.dynamics.motion import directions
 from raptor_hf.families import FAMILIES
 from raptor_hf.figures import saved
@@ -229,7 +229,7 @@ def plot_features(
     states = [model.trajectory(pixel_values).float() for model in (teacher, student)]
     colours = feature_colours([directions(trajectory)[:, :, first:] for trajectory in states])
     steps = np.linspace(0, teacher.num_layers, NUM_STEPS).round().astype(int)
-    photographs = denormalized(pixel_values, processor)
+    photographs = denormalized(pixel_values, processor.image_mean, processor.image_std)
     side = pixel_values.shape[-1] // teacher.patch_size
     figure = Figure(figsize=(1.2 * (len(steps) + 1), 2.5 * len(photographs)), layout="constrained")
     grid = figure.subplots(2 * len(photographs), len(steps) + 1, squeeze=False)
@@ -249,12 +249,6 @@ def plot_features(
     return saved(figure, path, dpi=150)
 
 
-def denormalized(pixel_values: Tensor, processor: BaseImageProcessor) -> Tensor:
-    """The images that a processor has normalised, (B, H, W, 3), from 0 to 1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    return (pixel_values * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
-
-
 def plot_maps(
     shown: tuple[Tensor, Tensor, Tensor], processor: BaseImageProcessor, path: Path, count: int = 8
 ) -> Figure:
@@ -262,7 +256,7 @@ def plot_maps(
     images, *maps = (tensor[:count] for tensor in shown)
     figure = Figure(figsize=(1.5 * len(images), 4.8), layout="constrained")
     grid = figure.subplots(3, len(images), squeeze=False)
-    for column, image in enumerate(denormalized(images, processor)):
+    for column, image in enumerate(denormalized(images, processor.image_mean, processor.image_std)):
         grid[0, column].imshow(image)
         for row, own in enumerate(maps, start=1):
             grid[row, column].imshow(own[column], cmap="cividis", vmin=0, vmax=1)
