@@ -37,6 +37,7 @@ from raptor_hf.distillation.partition import check_phases, check_trained_blocks,
 from raptor_hf.distillation.start import fit_student
 from raptor_hf.distillation.student import block_parameters, make_student
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, teacher_forcing
+from raptor_hf.distillation.trajectory_cache import TrajectoryCache
 from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
@@ -177,6 +178,10 @@ class Run:
         self.fit_seconds = fit_seconds
         self.session, self.settings, self.accelerator = session, session.settings, session.accelerator
         self.teacher, self.task, self.optimizer = teacher, task, optimizer
+        self.trajectory = teacher.trajectory
+        if budget := self.settings.trajectory_cache_gb:
+            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else teacher.model.dtype
+            self.trajectory = TrajectoryCache(teacher.trajectory, budget * 1e9, dtype)
         self.test_images, self.processor = test_images, processor
         self.stage, self.step = 1, 0
         self.log: IntervalLog | None = None
@@ -271,7 +276,7 @@ class Run:
         totals: dict[str, Tensor] = {}
         for index, images in enumerate(pixel_values.to(accelerator.device, non_blocking=True).chunk(parts)):
             with torch.no_grad(), accelerator.autocast():
-                states = self.teacher.trajectory(images)
+                states = self.trajectory(images)
             for blocks in groups:
                 # gradients are exchanged between processes once, with the last part
                 with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():

@@ -290,10 +290,11 @@ def test_macs_are_of_the_images_that_the_processor_gives(run, tmp_path):
     [
         {"input_noise": 0.1, "eval_every": 5, "horizon": 3},
         {"streaming": True, "train_split": "train", "test_split": "test", "eval_images": 20, "optimizer": "muon"},
+        {"trajectory_cache_gb": 1, "mixed_precision": "bf16"},
         {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16}
         | {"depth_conditioning": "low_rank", "branch_shifts": True},
     ],
-    ids=["random access", "stream, Muon", "augmented, fitted, Muon"],
+    ids=["random access", "stream, Muon", "cached trajectories", "augmented, fitted, Muon"],
 )
 def test_run_interrupted_again_and_again_ends_in_the_same_bits(run, monkeypatch, changes):
     whole = run("whole", **changes)
@@ -474,6 +475,22 @@ def test_augmentation_is_drawn_by_the_seed_and_leaves_phases_and_tests_alone(run
     assert same(weights(first), weights(again)) and not same(weights(first), weights(plain))
     phases = [json.loads((folder / "phases.json").read_text()) for folder in (plain, first)]
     assert phases[0]["distance"] == phases[1]["distance"]
+
+
+def test_cached_trajectories_train_the_same_student_with_fewer_passes_of_the_teacher(run, monkeypatch, batches):
+    passed, trajectory = [], Teacher.trajectory
+
+    def spy(self, pixel_values):
+        passed.append(len(pixel_values))
+        return trajectory(self, pixel_values)
+
+    monkeypatch.setattr(Teacher, "trajectory", spy)
+    plain, without = run("plain"), sum(passed)
+    passed.clear()
+    cached = run("cached", trajectory_cache_gb=1)
+    assert sum(passed) == without - 48  # of two epochs of 48 images, all of the second
+    assert all(torch.equal(batches[step][0], batches[step + 12][0]) for step in range(12))
+    assert largest_difference(weights(plain), weights(cached)) < 1e-6
 
 
 def test_a_run_whose_loss_stays_above_its_start_stops(run):
@@ -690,6 +707,7 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"learning_rate": "nan"}, "learning_rate is nan; it must be above 0"),
         ({"warmup_steps": 6}, "warmup_steps is 6; it must be below stage1_steps, 6"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "there is nothing to train"),
+        ({"augment": True, "trajectory_cache_gb": 1}, "trajectory_cache_gb is 1.0; it must be 0 with augment"),
         ({"anneal_fraction": 1.5}, "anneal_fraction is 1.5; it must be between 0 and 1"),
         ({"horizon": 0}, "horizon is 0"),
         ({"input_noise": -0.1}, "input_noise is -0.1"),

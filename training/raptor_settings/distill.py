@@ -186,6 +186,14 @@ class DistillSettings(RunSettings):
         1, help="parts that a batch is divided into to save memory", group="machine", above=0, at_most=1_048_576
     )
     gradient_checkpointing: bool = setting(False, help="save memory by computing activations twice", group="machine")
+    trajectory_cache_gb: float = setting(
+        0.0,
+        help="memory of each process for trajectories of images that come again, which the teacher then need not run "
+        "on, in bf16 if the arithmetic is; 0 for none",
+        group="machine",
+        unit="GB",
+        at_least=0,
+    )
     compile: bool = setting(False, help="compile the blocks", group="machine")
     seed: int = setting(0, help="seed of weights, order of images and noise", group="run", at_least=0, below=2**32)
     eval_batch_size: int = setting(
@@ -231,6 +239,10 @@ class DistillSettings(RunSettings):
         for name in ("stage1_steps", "stage2_steps"):
             if 0 < getattr(self, name) <= self.warmup_steps:
                 raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below {name}, {getattr(self, name)}")
+        if self.augment and self.trajectory_cache_gb:
+            raise ValueError(
+                f"trajectory_cache_gb is {self.trajectory_cache_gb}; it must be 0 with augment, as no crop comes again"
+            )
         if not 0 <= self.anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
         if self.train_block is not None and self.stage2_steps:
