@@ -11,6 +11,8 @@ from transformers.configuration_utils import PreTrainedConfig
 
 FFN_TYPES = ("mlp", "swiglu")
 DEPTH_CONDITIONINGS = ("none", "scale", "embedding", "low_rank")
+# what tells that an image needs no further step
+EXIT_CRITERIA = ("step_size", "second_difference", "head_margin")
 # family of the teacher -> registers among the tokens of its embedding, None where the teacher's configuration says;
 # DeiT's distillation token is one
 NUM_REGISTERS = {
@@ -97,6 +99,13 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Rank r of `"low_rank"`.
         branch_shifts (`bool`, *optional*, defaults to `False`):
             Whether `"low_rank"` also adds a vector per step to what each branch adds to the tokens.
+        step_scaling (`bool`, *optional*, defaults to `False`):
+            Whether a step over dt layers adds dt times what a step over one layer adds, so that `num_steps=` and
+            `block_repeats=` run through the whole depth at another pace. At the trained pace dt is 1. Models trained
+            with `--elastic` have it.
+        exit_thresholds (`dict[str, float]`, *optional*):
+            Thresholds of early exit by criterion (`"step_size"`, `"second_difference"`, `"head_margin"`), as
+            `raptor_hf.calibrate_exit` finds them. A call with `exit_criterion=` takes its threshold from here.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the `"mlp"` FFN.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
@@ -174,6 +183,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     depth_conditioning: str = "none"
     conditioning_rank: int = 8
     branch_shifts: bool = False
+    step_scaling: bool = False
+    exit_thresholds: dict[str, float | int] | None = None
     hidden_act: str = "gelu"
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
@@ -264,6 +275,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         Args:
             num_steps (`int`, *optional*):
                 Steps to run. Fewer than L: the first ones. More: the last block goes on, its depth index held at L.
+                With `step_scaling`: steps through the whole depth, shared among the blocks by `spread_steps`.
             block_repeats (`tuple[int, ...]`, *optional*):
                 Other counts for the same blocks; block j's depth indices are spread evenly over its phase (start, end].
 
@@ -271,9 +283,17 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             `tuple[tuple[int, float], ...]`: (block, depth index in layers 1..L) of every step.
 
         Raises:
-            ValueError: `num_steps` is below 1, or `block_repeats` does not fit the blocks.
+            ValueError: `num_steps` is below 1, or `block_repeats` does not fit the blocks; with `step_scaling`,
+                `num_steps` is below the number of blocks, or both are given.
         """
         layers = self.block_layers
+        if self.step_scaling and num_steps is not None:
+            if block_repeats is not None:
+                raise ValueError(
+                    f"num_steps is {num_steps} and block_repeats is {block_repeats}; with step_scaling each of them "
+                    "sets the pace through the whole depth: give one."
+                )
+            num_steps, block_repeats = None, self.spread_steps(num_steps)
         if block_repeats is None:
             plan = [(block, float(layer)) for block, members in enumerate(layers) for layer in members]
             plan.sort(key=lambda step: step[1])
@@ -288,6 +308,31 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"num_steps is {num_steps!r}; it must be an integer from 1 to {MAX_STEPS}.")
             plan = plan[:num_steps] + [plan[-1]] * (num_steps - len(plan))
         return tuple(plan)
+
+    def spread_steps(self, num_steps: int) -> tuple[int, ...]:
+        """
+        Shares steps among the blocks, at least one each: every further one goes where steps are the longest.
+
+        Args:
+            num_steps (`int`):
+                How many, from K up. L gives `block_repeats`.
+
+        Returns:
+            `tuple[int, ...]`: steps of every block.
+
+        Raises:
+            ValueError: fewer steps than blocks, or no number of steps.
+        """
+        if not _is_count(num_steps) or not self.num_blocks <= num_steps <= MAX_STEPS:
+            raise ValueError(
+                f"num_steps is {num_steps!r}; it must be an integer from {self.num_blocks}, one step per block, to "
+                f"{MAX_STEPS}."
+            )
+        steps = [1] * self.num_blocks
+        for _ in range(num_steps - self.num_blocks):
+            sizes = [layers / count for layers, count in zip(self.block_repeats, steps, strict=True)]
+            steps[sizes.index(max(sizes))] += 1
+        return tuple(steps)
 
     def for_segmentation(self) -> "RaptorConfig":
         """
@@ -433,6 +478,12 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"num_register_tokens is {self.num_register_tokens}; it must be "
                 f"{'at least 0' if registers is None else registers} for embedding_type {self.embedding_type!r}."
             )
+        for name, threshold in (self.exit_thresholds or {}).items():
+            if name not in EXIT_CRITERIA or not 0 <= threshold < math.inf:
+                raise ValueError(
+                    f"exit_thresholds is {self.exit_thresholds}; it must give numbers of at least 0 for some of "
+                    f"{', '.join(EXIT_CRITERIA)}, or be None."
+                )
         names = self.segmentation_id2label
         if names is not None and sorted(names) != list(range(self.num_segmentation_labels)):
             raise ValueError(
@@ -485,6 +536,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"block_schedule is {list(schedule)}; it must have {sum(repeats)} entries and name block j "
                 f"block_repeats[j] times, for block_repeats {repeats}."
             )
+        if schedule is not None and self.step_scaling:
+            raise ValueError("step_scaling is True, for contiguous phases only; this model has a block_schedule.")
 
     def _check_retiming(self, block_repeats: tuple[int, ...] | list[int]) -> tuple[int, ...]:
         if self.block_schedule is not None:

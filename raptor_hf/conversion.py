@@ -103,20 +103,27 @@ def student_from_teacher(
     return student
 
 
-def to_dinov2(student: RaptorForImageClassification | RaptorModel) -> PreTrainedModel:
+def to_dinov2(
+    student: RaptorForImageClassification | RaptorModel,
+    num_steps: int | None = None,
+    block_repeats: tuple[int, ...] | None = None,
+) -> PreTrainedModel:
     """Unrolls a student into plain DINOv2, one layer per step, where DINOv2 can express it.
 
     "low_rank" conditioning is merged into the weights of every layer, in float64; the mask token is zero.
 
     Args:
         student: of a DINOv2 teacher, with depth conditioning "none" or "low_rank".
+        num_steps: layers of the result, as `RaptorModel.forward` takes it; None takes the student's L.
+        block_repeats: layers that each block becomes, as `RaptorModel.forward` takes it.
 
     Returns:
         A `Dinov2Model` or `Dinov2WithRegistersModel`, or their `...ForImageClassification` if the student has a
         classifier, with the student's labels, precision and device, in eval mode.
 
     Raises:
-        ValueError: if the student is of another class, or DINOv2 has no setting for one of its fields.
+        ValueError: if the student is of another class or has no such steps, or DINOv2 has no setting for one of its
+            fields.
     """
     if type(student).__name__ not in ("RaptorModel", "RaptorForImageClassification"):
         raise ValueError(
@@ -124,10 +131,11 @@ def to_dinov2(student: RaptorForImageClassification | RaptorModel) -> PreTrained
             "counterpart in DINOv2. Save it and load it as one of these"
         )
     base, classifier = student.base_model, find_classifier(student)
+    plan = student.config.step_plan(num_steps, block_repeats)
     model = build_dinov2(
-        _dinov2_config(student.config),
+        _dinov2_config(student.config, len(plan)),
         embeddings=base.embeddings.state_dict(),
-        blocks=_unrolled_blocks(base.encoder),
+        blocks=_unrolled_blocks(base.encoder, plan),
         layernorm=base.layernorm.state_dict(),
         classifier=None if classifier is None else classifier.state_dict(),
         dtype=student.dtype,
@@ -210,28 +218,30 @@ def _initial_weights(teacher: Teacher, layers: tuple[int, ...], init: BlockInit)
     return teacher.block_state_dict(layers[0] if init == "first" else layers[(len(layers) - 1) // 2])
 
 
-def _unrolled_blocks(encoder: RaptorEncoder) -> Iterator[dict[str, Tensor]]:
+def _unrolled_blocks(encoder: RaptorEncoder, plan: tuple[tuple[int, float], ...]) -> Iterator[dict[str, Tensor]]:
     """The weights of every step in float64, one step at a time, as all of a large model would not fit in memory."""
     encoder = copy.deepcopy(encoder).to("cpu", torch.float64)
-    plan = encoder.config.step_plan()
     with torch.no_grad():
         for (block, _), modulation in zip(plan, encoder.modulations(plan), strict=True):
             yield _merged(encoder.blocks[block].state_dict(), modulation)
 
 
 def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tensor]:
-    """The weights of a block with the "low_rank" modulation of one step merged in; without one, unchanged."""
-    if step.qkv_up is None:
-        return weights
+    """The weights of a block with the size and the "low_rank" modulation of one step merged in."""
     merged = dict(weights)
+    for number, size in ((1, step.attention_gain), (2, step.ffn_gain)):
+        if size is not None:
+            merged[f"layer_scale{number}.lambda1"] = weights[f"layer_scale{number}.lambda1"] * size
+    if step.qkv_up is None:
+        return merged
     merged["attention.qkv.weight"] = weights["attention.qkv.weight"] + step.qkv_up @ step.qkv_down
     merged["ffn.fc1.weight"] = weights["ffn.fc1.weight"] + step.ffn_up @ step.ffn_down
     merged["norm1.weight"] = weights["norm1.weight"] * (1 + step.norm1_gain)
     merged["norm1.bias"] = weights["norm1.bias"] + step.norm1_shift
     merged["norm2.weight"] = weights["norm2.weight"] * (1 + step.norm2_gain)
     merged["norm2.bias"] = weights["norm2.bias"] + step.norm2_shift
-    merged["layer_scale1.lambda1"] = weights["layer_scale1.lambda1"] * (1 + step.layer_scale1_gain)
-    merged["layer_scale2.lambda1"] = weights["layer_scale2.lambda1"] * (1 + step.layer_scale2_gain)
+    merged["layer_scale1.lambda1"] = merged["layer_scale1.lambda1"] * (1 + step.layer_scale1_gain)
+    merged["layer_scale2.lambda1"] = merged["layer_scale2.lambda1"] * (1 + step.layer_scale2_gain)
     for number, projection, shift in (
         (1, "attention.proj", step.attention_shift),
         (2, "ffn.fc2", step.ffn_shift),
@@ -246,7 +256,7 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
     return merged
 
 
-def _dinov2_config(config: RaptorConfig) -> PreTrainedConfig:
+def _dinov2_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
     if config.embedding_type not in DINOV2:
         raise ValueError(
             f"embedding_type={config.embedding_type!r} cannot become DINOv2; the student's must be one of "
@@ -269,7 +279,7 @@ def _dinov2_config(config: RaptorConfig) -> PreTrainedConfig:
         fields["num_register_tokens"] = config.num_register_tokens
     return AutoConfig.for_model(
         config.embedding_type,
-        num_hidden_layers=config.num_hidden_layers,
+        num_hidden_layers=num_layers,
         use_swiglu_ffn=config.ffn_type == "swiglu",
         mlp_ratio=_mlp_ratio(config),
         **fields,

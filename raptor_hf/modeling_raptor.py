@@ -8,6 +8,8 @@ import contextlib
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +42,42 @@ CODE_FILES = ("configuration_raptor.py", "modeling_raptor.py", "image_processing
 
 # a region is traced once and reused wherever it recurs, so that compile time grows with blocks and hardly with steps
 _compile_once = getattr(torch.compiler, "nested_compile_region", lambda function: function)
+
+
+@dataclass
+class OutputOverDepth:
+    """What the output of a Raptor adds to its kind's in transformers.
+
+    Args:
+        depths: with `hidden_states`, the depth that each of them stands for, in layers 0..L, (steps + 1,).
+    """
+
+    depths: torch.FloatTensor | None = None
+
+
+@dataclass
+class RaptorEncoderOutput(OutputOverDepth, BaseModelOutput):
+    """`BaseModelOutput` over depth."""
+
+
+@dataclass
+class RaptorModelOutput(OutputOverDepth, BaseModelOutputWithPooling):
+    """`BaseModelOutputWithPooling` over depth."""
+
+
+@dataclass
+class RaptorImageClassifierOutput(OutputOverDepth, ImageClassifierOutput):
+    """`ImageClassifierOutput` over depth."""
+
+
+@dataclass
+class RaptorSemanticSegmenterOutput(OutputOverDepth, SemanticSegmenterOutput):
+    """`SemanticSegmenterOutput` over depth."""
+
+
+@dataclass
+class RaptorDepthEstimatorOutput(OutputOverDepth, DepthEstimatorOutput):
+    """`DepthEstimatorOutput` over depth."""
 
 
 class RaptorPatchEmbeddings(nn.Module):
@@ -136,7 +174,8 @@ class RaptorEmbeddings(nn.Module):
 class StepModulation(NamedTuple):
     """What a conditioner changes in its block at one step; `None` leaves the tied weights as they are.
 
-    input_shift, attention_gain, ffn_gain, output_gain: (D,), added to the input, multiplied onto branches and output.
+    input_shift, attention_gain, ffn_gain, output_gain: (D,), added to the input, multiplied onto branches and output;
+        the gains of the branches are scalars where they are the size of the step alone.
     norm1_gain ... norm2_shift: (D,), the norms become norm(x) * weight * (1 + gain) + bias + shift.
     layer_scale1_gain, layer_scale2_gain: (D,), LayerScale becomes gamma * (1 + gain).
     qkv_up, qkv_down: (3D, r) and (r, D); their product is added to the QKV weight.
@@ -160,6 +199,19 @@ class StepModulation(NamedTuple):
     ffn_down: torch.Tensor | None = None
     attention_shift: torch.Tensor | None = None
     ffn_shift: torch.Tensor | None = None
+
+    def over(self, size: torch.Tensor) -> "StepModulation":
+        """The same step over `size` layers, a scalar: what it adds to the tokens is multiplied by it."""
+        changed = {
+            "attention_gain": size if self.attention_gain is None else self.attention_gain * size,
+            "ffn_gain": size if self.ffn_gain is None else self.ffn_gain * size,
+        }
+        for name in ("input_shift", "attention_shift", "ffn_shift"):
+            if getattr(self, name) is not None:
+                changed[name] = getattr(self, name) * size
+        if self.output_gain is not None:
+            changed["output_gain"] = 1 + (self.output_gain - 1) * size
+        return self._replace(**changed)
 
 
 class NoConditioner(nn.Module):
@@ -716,7 +768,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         self, plan: tuple[tuple[int, float], ...], device: torch.device | None = None
     ) -> list[StepModulation]:
         """
-        The modulation of every step of a plan.
+        The modulation of every step of a plan, or of the steps of one block in a plan.
 
         Args:
             plan (`tuple[tuple[int, float], ...]`):
@@ -727,10 +779,20 @@ class RaptorEncoder(RaptorPreTrainedModel):
         modulations: list[StepModulation] = [StepModulation()] * len(plan)
         for block, conditioner in enumerate(self.conditioners):
             steps = [step for step, (owner, _) in enumerate(plan) if owner == block]
-            depths = tuple(plan[step][1] for step in steps)
-            for step, modulation in zip(steps, conditioner(depths, device) if steps else (), strict=True):
-                modulations[step] = modulation
+            ends = [plan[step][1] for step in steps]
+            sizes = self._step_sizes(block, ends)
+            # a step over (end - size, end] stands for the mean of the layers in it; over one layer, for that layer
+            depths = tuple(end - (size - 1) / 2 for end, size in zip(ends, sizes, strict=True))
+            told = conditioner(depths, device) if steps else ()
+            for step, size, modulation in zip(steps, sizes, told, strict=True):
+                modulations[step] = modulation if size == 1 else modulation.over(torch.full((), size, device=device))
         return modulations
+
+    def _step_sizes(self, block: int, ends: list[float]) -> list[float]:
+        """dt, in layers, of the steps of a block that end at these depths; without `step_scaling` 1."""
+        if not self.config.step_scaling:
+            return [1.0] * len(ends)
+        return [end - start for start, end in pairwise((self.config.block_layers[block][0] - 1, *ends))]
 
     def run(
         self,
@@ -738,9 +800,9 @@ class RaptorEncoder(RaptorPreTrainedModel):
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> RaptorEncoderOutput:
         """
-        `forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`.
+        `forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`; adds `depths`.
 
         Raises:
             TypeError: an argument that no model of this family has, such as `bool_masked_pos`.
@@ -756,14 +818,17 @@ class RaptorEncoder(RaptorPreTrainedModel):
         own_plan = num_steps is None and block_repeats is None
         plan = self.plan if own_plan else self.config.step_plan(num_steps, block_repeats)
         selected = kwargs.get("output_hidden_states")
-        if selected is None or isinstance(selected, bool):
-            return self(hidden_states, plan, **kwargs)
-        # transformers resolves indices with config.num_hidden_layers, which may not be the number of steps, and its
-        # versions disagree on the initial state
-        output = self(hidden_states, plan, **(kwargs | {"output_hidden_states": True}))
+        if not (selected is None or isinstance(selected, bool)):
+            # transformers resolves indices with config.num_hidden_layers, which may not be the number of steps, and its
+            # versions disagree on the initial state
+            kwargs["output_hidden_states"] = True
+        output = self(hidden_states, plan, **kwargs)
         states = output.hidden_states
-        indices = {range(len(states))[i] for i in ([selected] if isinstance(selected, int) else selected)}
-        output.hidden_states = tuple(state if i in indices else None for i, state in enumerate(states))
+        if states is not None:
+            output.depths = torch.tensor([0.0, *(depth for _, depth in plan)], device=hidden_states.device)
+        if not (selected is None or isinstance(selected, bool)):
+            indices = {range(len(states))[i] for i in ([selected] if isinstance(selected, int) else selected)}
+            output.hidden_states = tuple(state if i in indices else None for i, state in enumerate(states))
         return output
 
     @merge_with_config_defaults
@@ -773,7 +838,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         hidden_states: torch.Tensor,
         plan: tuple[tuple[int, float], ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutput:
+    ) -> RaptorEncoderOutput:
         plan = self.plan if plan is None else plan
         if self.training and torch.is_grad_enabled() and self.blocks[0].gradient_checkpointing:
             # reentrant checkpointing gives a block no gradients if its input needs none, as after frozen embeddings
@@ -781,7 +846,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         modulations = self.modulations(plan, hidden_states.device)
         for step, ((block, _), modulation) in enumerate(zip(plan, modulations, strict=True), start=1):
             hidden_states, _ = self.blocks[block](hidden_states, *modulation, step=step, **kwargs)
-        return BaseModelOutput(last_hidden_state=hidden_states)
+        return RaptorEncoderOutput(last_hidden_state=hidden_states)
 
 
 class RaptorModel(RaptorPreTrainedModel):
@@ -804,29 +869,31 @@ class RaptorModel(RaptorPreTrainedModel):
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPooling:
+    ) -> RaptorModelOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`):
                 Normalised images; H and W multiples of the patch size.
             num_steps (`int`, *optional*):
                 Steps to run instead of L: the first ones if fewer; if more, the last block goes on with its depth index
-                held at L.
+                held at L. With `config.step_scaling`: steps through the whole depth, at another pace.
             block_repeats (`tuple[int, ...]`, *optional*):
                 Other step counts for the same blocks, their depth indices spread evenly over each phase.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output`
-            (B, D) its cls token, or its mean patch where there is none; on request `hidden_states`, one more than there
-            are steps, before the final norm, and `attentions`, one per step.
+            `RaptorModelOutput`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D) its cls
+            token, or its mean patch where there is none; on request `hidden_states`, one more than there are steps,
+            before the final norm, with `depths`, the layer that each of them stands for, and `attentions`, one per
+            step.
         """
         encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)
         tokens = self.layernorm(encoded.last_hidden_state)
-        return BaseModelOutputWithPooling(
+        return RaptorModelOutput(
             last_hidden_state=tokens,
             pooler_output=_summary_token(tokens, self.config)[:, 0],
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
+            depths=encoded.depths,
         )
 
 
@@ -914,7 +981,7 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> ImageClassifierOutput:
+    ) -> RaptorImageClassifierOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`):
@@ -925,14 +992,18 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
             block_repeats (`tuple[int, ...]`, *optional*): as in [`RaptorModel.forward`].
 
         Returns:
-            `ImageClassifierOutput`: `logits` (B, num_labels).
+            `RaptorImageClassifierOutput`: `logits` (B, num_labels).
         """
         outputs = self.raptor(
             pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
         )
         head = self.predict(self.features(outputs.last_hidden_state), labels=labels, **kwargs)
-        return ImageClassifierOutput(
-            loss=head.loss, logits=head.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return RaptorImageClassifierOutput(
+            loss=head.loss,
+            logits=head.logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            depths=outputs.depths,
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -975,7 +1046,7 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> SemanticSegmenterOutput:
+    ) -> RaptorSemanticSegmenterOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`):
@@ -987,14 +1058,18 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
             block_repeats (`tuple[int, ...]`, *optional*): as in [`RaptorModel.forward`].
 
         Returns:
-            `SemanticSegmenterOutput`: `logits` (B, num_segmentation_labels, H, W).
+            `RaptorSemanticSegmenterOutput`: `logits` (B, num_segmentation_labels, H, W).
         """
         outputs = self.raptor(
             pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
         )
         head = self.predict(self.features(outputs.last_hidden_state), pixel_values.shape[2:], labels)
-        return SemanticSegmenterOutput(
-            loss=head.loss, logits=head.logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return RaptorSemanticSegmenterOutput(
+            loss=head.loss,
+            logits=head.logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            depths=outputs.depths,
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -1041,7 +1116,7 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> DepthEstimatorOutput:
+    ) -> RaptorDepthEstimatorOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape `(B, C, H, W)`):
@@ -1053,17 +1128,18 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
             block_repeats (`tuple[int, ...]`, *optional*): as in [`RaptorModel.forward`].
 
         Returns:
-            `DepthEstimatorOutput`: `predicted_depth` in metres, (B, 4 * H / patch, 4 * W / patch).
+            `RaptorDepthEstimatorOutput`: `predicted_depth` in metres, (B, 4 * H / patch, 4 * W / patch).
         """
         outputs = self.raptor(
             pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
         )
         head = self.predict(self.features(outputs.last_hidden_state), pixel_values.shape[2:], labels)
-        return DepthEstimatorOutput(
+        return RaptorDepthEstimatorOutput(
             loss=head.loss,
             predicted_depth=head.predicted_depth,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            depths=outputs.depths,
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
