@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
+from .tokens import TokenLayout
+
 # Part of a RaptorBlock -> the modules of a DINOv2 layer that it stacks, in order. Where there are several, they are the
 # names of transformers from 5.23 on and those before, or those of the two kinds of FFN.
 DINOV2_BLOCK = {
@@ -165,6 +167,16 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     # not simply the base model: what DINOv3 calls so are its layers alone
     parts = (model, model.base_model, getattr(model, "vision_model", None))
     return next((part for part in parts if hasattr(part, "embeddings")), model.base_model)
+
+
+def token_layout(config: PreTrainedConfig) -> TokenLayout:
+    """Returns which tokens of a state are cls, registers, patches, by the configuration of a backbone.
+
+    DeiT's distillation token counts as a register; a student has a cls token if its teacher has one.
+    """
+    family = FAMILIES[config.model_type]
+    num_registers = getattr(config, "num_register_tokens", 0) + family.num_extra_tokens
+    return TokenLayout(num_registers, getattr(config, "has_cls", family.has_cls))
 
 
 def find_classifier(model: PreTrainedModel) -> nn.Linear | None:

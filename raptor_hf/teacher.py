@@ -34,6 +34,7 @@ from .families import (
     find_classifier,
     is_unused,
     layer_to_raptor,
+    token_layout,
     vision_config,
 )
 from .tokens import TokenLayout
@@ -178,18 +179,17 @@ class Teacher(nn.Module):
     @property
     def has_cls(self) -> bool:
         """Whether the first token is a cls token."""
-        # a student has what its teacher has
-        return getattr(self.config, "has_cls", FAMILIES[self.family].has_cls)
+        return self.tokens.has_cls
 
     @property
     def num_registers(self) -> int:
         """R, register tokens between cls and patches; DeiT's distillation token counts as one."""
-        return getattr(self.config, "num_register_tokens", 0) + FAMILIES[self.family].num_extra_tokens
+        return self.tokens.num_registers
 
     @property
     def tokens(self) -> TokenLayout:
         """Which tokens of a state are cls, registers, patches."""
-        return TokenLayout(self.num_registers, self.has_cls)
+        return token_layout(self.model.config)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -330,8 +330,10 @@ class Teacher(nn.Module):
         encoder = self.model.encoder
         steps = zip(encoder.plan, encoder.modulations(encoder.plan), strict=True)
         return [
-            lambda state, block=encoder.blocks[block], modulation=modulation: block(state, *modulation)
-            for (block, _), modulation in steps
+            lambda state, block=encoder.blocks[block], modulation=modulation, step=step: block(
+                state, *modulation, step=step
+            )
+            for step, ((block, _), modulation) in enumerate(steps, start=1)
         ]
 
     def _rotary_positions(self, state: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
