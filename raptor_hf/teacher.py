@@ -367,19 +367,32 @@ class Teacher(nn.Module):
         Returns:
             (B, num_labels), or None without a classifier.
         """
-        if self.classifier is None:
-            return None
-        is_normed = FAMILIES[self.family].head_is_normed
-        state = self.final_norm(last_state) if is_normed else last_state.to(self.classifier.weight.dtype)
+        return None if self.classifier is None else self.classifier(self.features(last_state))
+
+    def features(self, last_state: Tensor) -> Tensor:
+        """What the teacher's classifier reads, or where there is none, what a probe of its family reads.
+
+        Args:
+            last_state: as in `logits`.
+
+        Returns:
+            Groups of tokens side by side, the patches as their mean: (B, 2 D) for cls and patches.
+        """
+        is_normed = self.classifier is None or FAMILIES[self.family].head_is_normed
+        norm = self.model.get_submodule(FAMILIES[self.family].final_norm)
+        state = self.final_norm(last_state) if is_normed else last_state.to(norm.weight.dtype)
         groups = {name: state[:, tokens] for name, tokens in self.tokens.slices.items()}
         groups["patches"] = groups["patches"].mean(1)
-        return self.classifier(torch.cat([groups[name].flatten(1) for name in self._head], 1))
+        return torch.cat([groups[name].flatten(1) for name in self.head], 1)
 
     @property
-    def _head(self) -> tuple[str, ...]:
-        """What the classifier is on."""
+    def head(self) -> tuple[str, ...]:
+        """The groups of tokens that the classifier is on, or that a probe would be on."""
+        heads = [head for head in FAMILIES[self.family].heads if {*head} <= {*self.tokens.slices}]
+        if self.classifier is None:
+            return heads[0]
         width = self.classifier.in_features
-        return next(head for head in FAMILIES[self.family].heads if len(head) * self.hidden_size == width)
+        return next(head for head in heads if len(head) * self.hidden_size == width)
 
     def embeddings_state_dict(self) -> dict[str, Tensor]:
         """The embeddings under the names of RaptorEmbeddings, without the mask token, which no student has.
@@ -402,7 +415,7 @@ class Teacher(nn.Module):
         """
         if self.classifier is None or not FAMILIES[self.family].head_is_normed:
             return None
-        return classifier_to_raptor(self.classifier, self._head)
+        return classifier_to_raptor(self.classifier, self.head)
 
     def span(self, layer: int) -> range:
         """The model's layers that one layer of this teacher, 1 .. L, stands for: itself, where it has them all."""

@@ -91,7 +91,7 @@ class Perturbation(MomentAccumulator):
                     states[:, layer] + noise, range(layer + 1, self.teacher.num_layers + 1)
                 )
                 angle[:, j, s, layer:], distance[:, j, s, layer:] = (
-                    values.mean(-1).cpu() for values in _separation(perturbed, states[:, layer:])
+                    values.mean(-1).cpu() for values in separation(perturbed, states[:, layer:])
                 )
                 if truth is not None:
                     same = self.teacher.logits(perturbed[:, -1]).argmax(1) == truth.argmax(1)
@@ -141,7 +141,7 @@ def contraction_rate(distance: Tensor) -> Tensor:
     return torch.where(count[..., 0] > 1, slope.exp(), torch.nan)
 
 
-def _separation(perturbed: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+def separation(perturbed: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
     """Angle and relative distance of every token, in at least float32."""
     wide = torch.promote_types(states.dtype, torch.float32)
     perturbed, states = perturbed.to(wide), states.to(wide)
