@@ -109,6 +109,39 @@ def plot_fidelity(
     return saved(figure, path, dpi=150, tight=True)
 
 
+def plot_depths(
+    fidelity: Mapping[str, Any], teacher_macs: int, path: str | os.PathLike[str] | None = None, title: str | None = None
+) -> Figure:
+    """Draws what an elastic student reaches at every number of steps, against its multiply-accumulates.
+
+    Args:
+        fidelity: as in metrics.json, with "by_steps", and of the teacher "teacher_accuracy" or None.
+        teacher_macs: multiply-accumulates of the teacher per image; where its accuracy is known, it is drawn beside.
+        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
+        title: above the figure.
+    """
+    rows = sorted(fidelity["by_steps"].items(), key=lambda row: int(row[0]))
+    cost = [row["macs"] / 1e6 for _, row in rows]
+    scores = {"R\N{SUPERSCRIPT TWO} of the final state": [row["r2"] for _, row in rows]}
+    if rows[0][1]["student_accuracy"] is not None:
+        scores["accuracy (%)"] = [100 * row["student_accuracy"] for _, row in rows]
+    elif rows[0][1]["agreement"] is not None:
+        scores["agreement with the teacher (%)"] = [100 * row["agreement"] for _, row in rows]
+    figure = Figure(figsize=(7.0, 2.6 * len(scores)), layout="constrained")
+    for axes, (label, values) in zip(figure.subplots(len(scores), squeeze=False)[:, 0], scores.items(), strict=True):
+        axes.plot(cost, values, "o-", color="black", label="one student, its numbers of steps")
+        for (steps, _), x, y in zip(rows, cost, values, strict=True):
+            axes.annotate(steps, (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
+        if label.startswith("accuracy") and fidelity["teacher_accuracy"] is not None:
+            axes.plot(teacher_macs / 1e6, 100 * fidelity["teacher_accuracy"], "*", color="crimson", label="teacher")
+            axes.legend(frameon=False, fontsize=9)
+        axes.set(xlabel="multiply-accumulates per image (millions)", ylabel=label, xlim=(0, None))
+        axes.margins(y=0.2)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title or "")
+    return saved(figure, path, dpi=150, tight=True)
+
+
 def plot_losses(
     histories: Mapping[int, Sequence[Mapping[str, Any]]], path: str | os.PathLike[str] | None = None
 ) -> Figure:

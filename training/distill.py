@@ -36,7 +36,7 @@ from raptor_hf.distillation.inputs import class_match, disk_space, open_inputs
 from raptor_hf.distillation.partition import check_phases, check_trained_blocks, phases_of, read_partition
 from raptor_hf.distillation.start import fit_student
 from raptor_hf.distillation.student import block_parameters, make_student
-from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, teacher_forcing
+from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, draw_num_steps, teacher_forcing
 from raptor_hf.distillation.trajectory_cache import TrajectoryCache
 from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
@@ -123,6 +123,7 @@ def main() -> None:
         stage2_weights=(settings.stage2_weights or [0.45, 0.10, 0.45]) if settings.cls_weighting else None,
         horizon=settings.horizon,
         input_noise=settings.input_noise,
+        targets=settings.elastic_targets,
     )
     optimizer = make_optimizer(
         settings.optimizer,
@@ -150,13 +151,13 @@ def main() -> None:
     if accelerator.is_main_process:
         save_student(run, weights)
     began = time.perf_counter()
-    metrics = {"fidelity": run.evaluate(), "unreadable_images": session.gather_failures(run.failures)}
+    metrics = {"fidelity": run.evaluate(all_paces=True), "unreadable_images": session.gather_failures(run.failures)}
     seconds = {"phases": phases.get("seconds", 0.0)}
     seconds |= {"fit": run.fit_seconds} if settings.init == "fitted" else {}
     seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
     seconds["evaluation"] = time.perf_counter() - began
     if accelerator.is_main_process:
-        metrics |= describe_run(run, partition, seconds) | {"evaluated_on": evaluated_on}
+        metrics |= describe_run(run, partition, seconds, metrics["fidelity"]) | {"evaluated_on": evaluated_on}
         save_outputs(run, partition, metrics)
         print_table(metrics)
     session.close(f"saved to {folder}: the model, its card README.md, metrics.json and figures/")
@@ -271,7 +272,10 @@ class Run:
 
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
         """Gradients of one batch, in as many parts as they are accumulated over; the mean losses."""
-        accelerator, parts = self.accelerator, self.settings.gradient_accumulation_steps
+        accelerator, settings = self.accelerator, self.settings
+        parts = settings.gradient_accumulation_steps
+        drawn = draw_num_steps(settings.elastic, settings.elastic_share, settings.seed, self.step)
+        num_steps = drawn if stage == 2 else None
         groups = self.blocks_at_once(stage)
         totals: dict[str, Tensor] = {}
         for index, images in enumerate(pixel_values.to(accelerator.device, non_blocking=True).chunk(parts)):
@@ -280,7 +284,7 @@ class Run:
             for blocks in groups:
                 # gradients are exchanged between processes once, with the last part
                 with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():
-                    losses = self.task(states, stage=stage, forcing=forcing, blocks=blocks)
+                    losses = self.task(states, stage, forcing, blocks, num_steps)
                     accelerator.backward(losses["loss"] / parts)
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0) + value.detach() / parts
@@ -341,8 +345,11 @@ class Run:
         self.first_loss = progress.get("first_loss")
         logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
-    def evaluate(self) -> dict[str, Any]:
-        """Fidelity, agreement and accuracies on the test images; a collective operation."""
+    def evaluate(self, all_paces: bool = False) -> dict[str, Any]:
+        """
+        Fidelity, agreement and accuracies on the test images, of an elastic student also at all numbers of steps that
+        it has learned if `all_paces`; a collective operation.
+        """
         accelerator, settings = self.accelerator, self.settings
         batches = eval_loader(
             self.test_images,
@@ -357,14 +364,18 @@ class Run:
         )
         batches = progress_bar(batches, "evaluation", accelerator)
         to_classes = self.class_match if self.class_match.classes is not None else None
-        return evaluate_student(self.teacher, self.task, self.student, batches, accelerator, to_classes)
+        elastic = settings.elastic if all_paces else None
+        paces = sorted({*elastic, self.student.config.num_hidden_layers}) if elastic else ()
+        return evaluate_student(self.teacher, self.task, self.student, batches, accelerator, to_classes, paces)
 
 
-def describe_run(run: Run, partition: Partition, seconds: dict[str, float]) -> dict[str, Any]:
-    """All fields of metrics.json except the fidelity."""
+def describe_run(run: Run, partition: Partition, seconds: dict[str, float], fidelity: dict[str, Any]) -> dict[str, Any]:
+    """All fields of metrics.json except the fidelity, which learns what other numbers of steps cost."""
     settings, teacher, student = run.settings, run.teacher, run.student.base_model.eval()
     size = check_image_size(run.processor, teacher.patch_size)  # of these images, not of the position embeddings
     image = torch.zeros(1, student.config.num_channels, *size, device=run.accelerator.device)
+    for num_steps, scores in fidelity.get("by_steps", {}).items():
+        scores["macs"] = macs(functools.partial(student, num_steps=int(num_steps)), image)
     trained = sum(log[-1]["step"] for log in run.histories.values() if log) * settings.batch_size
     training_seconds = seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0)
     return {
@@ -402,6 +413,8 @@ def save_outputs(run: Run, partition: Partition, metrics: dict[str, Any]) -> Non
         metrics = {name: earlier[name] for name in ("probes", "quick_checks") if name in earlier} | metrics
     (folder / "figures").mkdir(exist_ok=True)
     figures.plot_fidelity(metrics["fidelity"], partition, folder / "figures" / "fidelity.png")
+    if metrics["fidelity"].get("by_steps"):
+        figures.plot_depths(metrics["fidelity"], metrics["macs"]["teacher"], folder / "figures" / "depths.png")
     figures.plot_losses(run.histories, folder / "figures" / "losses.png")
     write_json(folder / "losses.json", {f"stage{stage}": history for stage, history in run.histories.items()})
     # heads that are trained on this backbone will carry its fingerprint

@@ -1,6 +1,6 @@
 """How near a student is to its teacher on test images, and the table of it that a run prints."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ def evaluate_student(
     batches: Iterable[Mapping[str, Any]],
     accelerator: Accelerator,
     to_classes: Callable[[Tensor], Tensor] | None = None,
+    paces: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Fidelity, agreement and accuracies on all images of all processes; a collective operation.
 
@@ -32,40 +33,69 @@ def evaluate_student(
         accelerator: of the processes.
         to_classes: turns labels into classes of the teacher's classifier, negative where an image has none: those count
             for fidelity and agreement alone. None gives no accuracy.
+        paces: numbers of steps through the whole depth, at which a student with `step_scaling` is measured, too.
 
     Returns:
-        The fields of `Fidelity`, and "agreement", "teacher_accuracy" and "student_accuracy", None where not known.
+        The fields of `Fidelity`, and "agreement", "teacher_accuracy" and "student_accuracy", None where not known; with
+        `paces` "by_steps", the fields of `StepsFidelity` by the number of steps, but for their cost.
     """
     for module in task.modules():
         if isinstance(module, FSDPModule):  # the student is called past the wrapper, which would gather its weights
             module.unshard()
     student.eval()
     fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens, teacher.hidden_size)
-    scores = {name: TopKAccuracy(topk=(1,)) for name in ("agreement", "teacher_accuracy", "student_accuracy")}
+    own, teacher_accuracy = _Predictions(), TopKAccuracy(topk=(1,))
+    # at another pace the states between belong to no layer; the last one does
+    finals = {n: (FidelityAccumulator(1, teacher.tokens, teacher.hidden_size), _Predictions()) for n in paces}
     for batch in batches:
         pixel_values = batch["pixel_values"].to(accelerator.device)
         with accelerator.autocast():
             teacher_states = teacher.trajectory(pixel_values)
-            hidden_states = student.base_model(pixel_values, output_hidden_states=True).hidden_states
-        student_states = torch.stack(hidden_states, dim=1)
+            student_states = torch.stack(student.base_model(pixel_values, output_hidden_states=True).hidden_states, 1)
         fidelity.update(teacher_states, student_states)
-        if teacher.classifier is None:
-            continue
-        # the student's head is the teacher's
-        predicted, truth = teacher.logits(student_states[:, -1]), teacher.logits(teacher_states[:, -1])
-        scores["agreement"].update(predicted, truth.argmax(dim=1))
-        if to_classes is not None:
+        truth, labels = teacher.logits(teacher_states[:, -1]), None
+        if truth is not None and to_classes is not None:
             labels = to_classes(batch["labels"]).to(accelerator.device)
-            known = labels >= 0
-            scores["teacher_accuracy"].update(truth[known], labels[known])
-            scores["student_accuracy"].update(predicted[known], labels[known])
-    for accumulator in (fidelity, *scores.values()):
-        accumulator.merge(accelerator)
+            teacher_accuracy.update(truth[labels >= 0], labels[labels >= 0])
+        own.update(teacher.logits(student_states[:, -1]), truth, labels)
+        for num_steps, (final, predictions) in finals.items():
+            with accelerator.autocast():
+                output = student.base_model(pixel_values, num_steps=num_steps, output_hidden_states=True)
+            ends = torch.stack((output.hidden_states[0], output.hidden_states[-1]), dim=1)
+            final.update(teacher_states[:, [0, -1]], ends)
+            predictions.update(teacher.logits(ends[:, 1]), truth, labels)
     student.train()
-    known = {name: bool(score.sums()[0]) for name, score in scores.items()}
-    return fidelity.compute().to_dict() | {
-        name: score.compute()["accuracy"] if known[name] else None for name, score in scores.items()
-    }
+    fidelity.merge(accelerator)
+    scores = fidelity.compute().to_dict() | own.compute(accelerator)
+    scores["teacher_accuracy"] = _accuracy(teacher_accuracy, accelerator)
+    for num_steps, (final, predictions) in finals.items():
+        final.merge(accelerator)
+        row = {"block_repeats": list(student.config.spread_steps(num_steps)), "r2": final.compute().r2.item()}
+        scores.setdefault("by_steps", {})[str(num_steps)] = row | predictions.compute(accelerator)
+    return scores
+
+
+class _Predictions:
+    """How often the teacher's head, which is the student's too, says the same of both, and what is true."""
+
+    def __init__(self) -> None:
+        self.agreement, self.student_accuracy = TopKAccuracy(topk=(1,)), TopKAccuracy(topk=(1,))
+
+    def update(self, predicted: Tensor | None, truth: Tensor | None, labels: Tensor | None) -> None:
+        if predicted is None:
+            return
+        self.agreement.update(predicted, truth.argmax(dim=1))
+        if labels is not None:
+            self.student_accuracy.update(predicted[labels >= 0], labels[labels >= 0])
+
+    def compute(self, accelerator: Accelerator) -> dict[str, float | None]:
+        return {name: _accuracy(score, accelerator) for name, score in vars(self).items()}
+
+
+def _accuracy(score: TopKAccuracy, accelerator: Accelerator) -> float | None:
+    """Of all processes; None where nothing was counted."""
+    score.merge(accelerator)
+    return score.compute()["accuracy"] if score.sums()[0] else None
 
 
 def print_table(metrics: Mapping[str, Any]) -> None:
@@ -80,6 +110,13 @@ def print_table(metrics: Mapping[str, Any]) -> None:
     for name in ("agreement", "teacher_accuracy", "student_accuracy"):
         if fidelity[name] is not None:
             print(f"{name.replace('_', ' ')} {fidelity[name]:.2%}")
+    if by_steps := fidelity.get("by_steps"):
+        print(f"{'steps':>5} {'R2':>8} {'agreement':>9} {'accuracy':>9} {'macs':>13}")
+        for num_steps, row in by_steps.items():
+            shares = "".join(
+                f" {'-' if row[n] is None else format(row[n], '.2%'):>9}" for n in ("agreement", "student_accuracy")
+            )
+            print(f"{num_steps:>5} {row['r2']:8.4f}{shares} {row['macs']:13,}")
     for name in ("parameters", "macs"):
         teacher, student = metrics[name]["teacher"], metrics[name]["student"]
         print(f"{name} {student:,} of the teacher's {teacher:,} ({student / teacher:.1%})")

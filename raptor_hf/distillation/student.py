@@ -60,6 +60,7 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
         depth_conditioning=settings.depth_conditioning,
         conditioning_rank=settings.conditioning_rank,
         branch_shifts=settings.branch_shifts,
+        step_scaling=settings.elastic is not None,
         **overrides,
     )
     student.requires_grad_(False)

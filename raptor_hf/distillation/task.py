@@ -7,17 +7,26 @@ all blocks together, autoregressively through all L steps:
     task = DistillationTask(student, TrajectoryLoss(weights, ...), ...)
     states = teacher.trajectory(pixel_values)                                # (B, L + 1, T, D)
     losses = task(states, stage=1, forcing=teacher_forcing(step, num_steps)) # {"block_0": ..., "loss": ...}
+
+An elastic student takes batches of stage 2 at another pace, and is compared with the teacher where its steps end:
+
+    losses = task(states, stage=2, num_steps=draw_num_steps([4, 6, 8, 16], 0.6, seed, step))
 """
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..accumulators import Accumulator, in_float64
 from ..modeling_raptor import RaptorModel, RaptorPreTrainedModel
 from ..tokens import TOKEN_GROUPS, TokenLayout
+
+# between two layers of the teacher: their mixture, or the nearer of them
+Targets = Literal["interpolated", "nearest"]
 
 
 def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) -> float:
@@ -30,6 +39,25 @@ def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) ->
     """
     length = anneal_fraction * num_steps
     return max(0.0, 1.0 - step / length) if length > 0 else 0.0
+
+
+def draw_num_steps(elastic: list[int] | None, share: float, seed: int, step: int) -> int | None:
+    """Number of steps through the whole depth for one batch; of `seed` and `step` alone, so that all processes draw
+    the same, and a resumed run what it would have drawn.
+
+    Args:
+        elastic: what to draw from, each number alike; `None` for a student of one pace.
+        share: of the batches, those that are drawn.
+        seed: of the run.
+        step: of the optimizer, in stage 2.
+
+    Returns:
+        A number of `elastic`, or `None` for the trained pace.
+    """
+    if not elastic:
+        return None
+    generator = np.random.default_rng((seed, step))
+    return int(generator.choice(elastic)) if generator.random() < share else None
 
 
 def group_weights(weights: list[float], sizes: tuple[int, int, int]) -> list[float]:
@@ -123,9 +151,10 @@ class DistillationTask(nn.Module):
         horizon: steps after which stage 2 starts again from the teacher's state; `None` for all L.
         input_noise: standard deviation of the Gaussian noise on the states that blocks start from, relative to the root
             mean square of each state.
+        targets: what the teacher's state between two layers is, at another pace.
 
     Raises:
-        ValueError: weights, horizon or noise out of range.
+        ValueError: weights, horizon, noise or targets out of range.
     """
 
     def __init__(
@@ -137,26 +166,34 @@ class DistillationTask(nn.Module):
         stage2_weights: list[float] | None = None,
         horizon: int | None = None,
         input_noise: float = 0.0,
+        targets: Targets = "interpolated",
     ) -> None:
         super().__init__()
         if horizon is not None and horizon < 1:
             raise ValueError(f"horizon is {horizon}; it must be at least 1 step, or None for all.")
         if input_noise < 0:
             raise ValueError(f"input_noise is {input_noise}; it must be at least 0.")
+        if targets not in get_args(Targets):
+            raise ValueError(f"targets is {targets!r}; it must be one of {', '.join(get_args(Targets))}.")
         for weights in (stage1_weights, stage2_weights):
             if weights is not None:
                 group_weights(weights, (1, 1, 1))
         self.student = student
         self.loss = loss
         self.stage1_weights, self.stage2_weights = stage1_weights, stage2_weights
-        self.horizon, self.input_noise = horizon, input_noise
+        self.horizon, self.input_noise, self.targets = horizon, input_noise, targets
 
     @property
     def backbone(self) -> RaptorModel:
         return self.student.base_model
 
     def forward(
-        self, states: Tensor, stage: int, forcing: float = 0.0, blocks: tuple[int, ...] | None = None
+        self,
+        states: Tensor,
+        stage: int,
+        forcing: float = 0.0,
+        blocks: tuple[int, ...] | None = None,
+        num_steps: int | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -164,13 +201,14 @@ class DistillationTask(nn.Module):
             stage: 1 or 2.
             forcing: lambda, the weight of teacher forcing against autoregression in stage 1.
             blocks: those to train in stage 1; `None` for all.
+            num_steps: of stage 2, through the whole depth of a student with `step_scaling`; `None` for L.
 
         Returns:
             "loss", the scalar to differentiate, and its parts, "block_J" for each block: its loss in stage 1, the mean
             over its steps in stage 2.
         """
         if stage == 2:
-            return self.stage2_losses(states)
+            return self.stage2_losses(states, num_steps)
         blocks = tuple(range(self.backbone.config.num_blocks)) if blocks is None else blocks
         losses = {f"block_{block}": self.stage1_loss(states, block, forcing) for block in blocks}
         return losses | {"loss": sum(losses.values())}
@@ -208,22 +246,30 @@ class DistillationTask(nn.Module):
             return torch.stack(forced).mean()
         return forcing * torch.stack(forced).mean() + (1 - forcing) * torch.stack(rolled).mean()
 
-    def stage2_losses(self, states: Tensor) -> dict[str, Tensor]:
-        """Autoregressive from a_0 through all L steps (or afresh every `horizon` steps); means over the steps."""
+    def stage2_losses(self, states: Tensor, num_steps: int | None = None) -> dict[str, Tensor]:
+        """Autoregressive from a_0 through all steps (or afresh every `horizon` steps); means over the steps."""
         encoder, config = self.backbone.encoder, self.backbone.config
-        horizon = self.horizon or config.num_hidden_layers
-        losses = []
-        plan = config.step_plan()
-        for step, ((block, _), modulation) in enumerate(zip(plan, encoder.modulations(plan), strict=True)):
+        plan = config.step_plan(num_steps)
+        horizon = self.horizon or len(plan)
+        losses, reached = [], 0.0
+        for step, ((block, depth), modulation) in enumerate(zip(plan, encoder.modulations(plan), strict=True)):
             if step % horizon == 0:
-                state = self._start(states[:, step])
+                state = self._start(self._target(states, reached))
             state = encoder.blocks[block](state, *modulation)[0]
-            losses.append(self.loss(state, states[:, step + 1], step + 1, self.stage2_weights))
-        parts = {
-            f"block_{block}": torch.stack([losses[layer - 1] for layer in layers]).mean().detach()
-            for block, layers in enumerate(config.block_layers)
-        }
+            losses.append(self.loss(state, self._target(states, depth), _nearest_layer(depth), self.stage2_weights))
+            reached = depth
+        of_blocks: list[list[Tensor]] = [[] for _ in range(config.num_blocks)]
+        for (block, _), loss in zip(plan, losses, strict=True):
+            of_blocks[block].append(loss.detach())
+        parts = {f"block_{block}": torch.stack(own).mean() for block, own in enumerate(of_blocks)}
         return parts | {"loss": torch.stack(losses).mean()}
+
+    def _target(self, states: Tensor, depth: float) -> Tensor:
+        """The teacher's state at a depth, of which the layers are the whole numbers."""
+        below = int(depth)
+        if depth == below or self.targets == "nearest":
+            return states[:, _nearest_layer(depth)]
+        return torch.lerp(states[:, below], states[:, below + 1], depth - below)
 
     def _start(self, state: Tensor) -> Tensor:
         # the teacher may be in half precision
@@ -232,6 +278,10 @@ class DistillationTask(nn.Module):
             return state
         scale = self.input_noise * state.float().square().mean(dim=(1, 2), keepdim=True).sqrt()
         return state + (torch.randn_like(state) * scale).to(state.dtype)
+
+
+def _nearest_layer(depth: float) -> int:
+    return int(depth + 0.5)
 
 
 class LayerVariance(Accumulator):

@@ -60,6 +60,7 @@ _CONDITIONINGS = {
 }
 _FIGURES = {
     "phases": "How unlike the teacher's layers are (1 - cos of {tokens}), and the phases found.",
+    "depths": "What the student reaches at each number of steps, against what they cost.",
     "fidelity": "How near the student stays to the teacher, layer by layer.",
     "losses": "Losses and learning rate of the distillation.",
 }
@@ -143,6 +144,7 @@ def make_card(
         cost=_cost_line(metrics.macs),
         fidelity=_fidelity_rows(metrics.fidelity, config.num_hidden_layers),
         sizes=_fidelity_sizes(metrics, settings, config),
+        steps=_fidelity_steps(metrics.fidelity),
         own=own,
         probes=probes,
         checks=_quick_checks(metrics.quick_checks, teacher_metrics.quick_checks if teacher_metrics else {}),
@@ -231,6 +233,21 @@ def _fidelity_sizes(
             percent(fidelity.agreement) or "-",
         )
         for size, fidelity in [*own, *metrics.fidelity_by_size.items()]
+    ]
+
+
+def _fidelity_steps(fidelity: Fidelity | None) -> list[tuple[str, ...]]:
+    """Steps, those of every block, their cost and what they reach, of an elastic student."""
+    return [
+        (
+            num_steps,
+            " + ".join(map(str, row.block_repeats)),
+            short_count(row.macs) if row.macs else "-",
+            _number(row.r2),
+            percent(row.agreement) or "-",
+            percent(row.student_accuracy) or "-",
+        )
+        for num_steps, row in (fidelity.by_steps if fidelity else {}).items()
     ]
 
 

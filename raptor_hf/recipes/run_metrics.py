@@ -73,6 +73,25 @@ class Record:
 
 
 @dataclass(kw_only=True)
+class StepsFidelity(Record):
+    """How near an elastic student is to its teacher at the end of some number of steps.
+
+    Args:
+        block_repeats: steps of every block.
+        macs: multiply-accumulates of the backbone, of one image.
+        r2: of the last layer, before the final norm.
+        agreement: as in `Fidelity`.
+        student_accuracy: as in `Fidelity`.
+    """
+
+    block_repeats: list[int]
+    macs: int | None = None
+    r2: float | None = None
+    agreement: float | None = None
+    student_accuracy: float | None = None
+
+
+@dataclass(kw_only=True)
 class Fidelity(Record):
     """How near a student is to its teacher, on test images of one size.
 
@@ -84,6 +103,7 @@ class Fidelity(Record):
         agreement: share of the images on which the teacher's classifier gives both the same class.
         teacher_accuracy: of the teacher with its classifier, a share.
         student_accuracy: of the student with the same classifier.
+        by_steps: of an elastic student, by the number of steps through the whole depth.
     """
 
     r2: list[float | None] = field(default_factory=list)
@@ -93,6 +113,10 @@ class Fidelity(Record):
     agreement: float | None = None
     teacher_accuracy: float | None = None
     student_accuracy: float | None = None
+    by_steps: dict[str, StepsFidelity] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if name != "by_steps" or value}
 
 
 @dataclass(kw_only=True)

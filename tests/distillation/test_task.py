@@ -12,6 +12,7 @@ from raptor_hf.distillation.task import (
     DistillationTask,
     LayerVariance,
     TrajectoryLoss,
+    draw_num_steps,
     group_weights,
     runs,
     teacher_forcing,
@@ -146,6 +147,42 @@ def test_stage2_is_the_paper_s_equation_for_every_horizon(fields, num_registers,
         found[horizon] = losses["loss"].item()
     assert found[None] == found[7]  # no start within the 6 steps but the first
     assert len(set(found.values())) == 4
+
+
+# where the steps of a student of 3 + 1 + 2 layers end, and which two layers of the teacher each end is between
+PACES = {4: [(1, 2), (3, 3), (4, 4), (6, 6)], 5: [(1, 2), (3, 3), (4, 4), (5, 5), (6, 6)]}
+
+
+@pytest.mark.parametrize("targets", ["interpolated", "nearest"])
+@pytest.mark.parametrize("num_steps", PACES)
+def test_stage2_at_another_pace_compares_the_end_of_every_step_with_the_teacher_there(num_steps, targets):
+    student, states = make_student(step_scaling=True), make_states()
+    scale = torch.linspace(0.5, 3, LAYERS + 1)
+    task = DistillationTask(student, TrajectoryLoss("mse", TokenLayout(2), scale), targets=targets)
+    with torch.no_grad():
+        own = student.encoder.run(states[:, 0], num_steps=num_steps, output_hidden_states=True).hidden_states[1:]
+    losses = []
+    for state, (below, above) in zip(own, PACES[num_steps], strict=True):
+        # the only end between two layers, 1.5, is as near to both
+        target = (states[:, below] + states[:, above]) / 2 if targets == "interpolated" else states[:, above]
+        losses.append(((state - target).square().mean() / scale[above] ** 2).item())
+    found = task(states, stage=2, num_steps=num_steps)
+    assert found["loss"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert found["block_0"].item() == pytest.approx(np.mean(losses[:2]), rel=1e-5)
+
+
+def test_pace_is_drawn_by_seed_and_step_alone_in_the_share_that_is_asked_for():
+    draws = [draw_num_steps([4, 6, 16], 0.6, 0, step) for step in range(2000)]
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert draws == [draw_num_steps([4, 6, 16], 0.6, 0, step) for step in range(2000)]
+    assert draws != [draw_num_steps([4, 6, 16], 0.6, 1, step) for step in range(2000)]
+    for number in (4, 6, 16):  # 400 expected, with a standard deviation of 18
+        assert 310 < draws.count(number) < 490
+    assert 710 < draws.count(None) < 890
+    assert {draw_num_steps([4], 0.0, 0, step) for step in range(50)} == {None}
+    assert {draw_num_steps([4], 1.0, 0, step) for step in range(50)} == {4}
+    assert draw_num_steps(None, 1.0, 0, 0) is None
 
 
 def test_stage2_divides_every_layer_by_its_scale():
@@ -283,7 +320,11 @@ def test_weights_of_registers_alone_are_refused_without_registers():
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"horizon": 0}, "horizon is 0; it must be at least 1"), ({"input_noise": -0.1}, "input_noise is -0.1")],
+    [
+        ({"horizon": 0}, "horizon is 0; it must be at least 1"),
+        ({"input_noise": -0.1}, "input_noise is -0.1"),
+        ({"targets": "next"}, "targets is 'next'; it must be one of interpolated, nearest"),
+    ],
 )
 def test_option_out_of_range_is_named(options, message):
     with pytest.raises(ValueError, match=message):

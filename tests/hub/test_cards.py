@@ -263,6 +263,16 @@ def test_fidelity_is_said_at_every_size_that_was_measured():
     assert "alone" not in fidelity
 
 
+def test_fidelity_of_an_elastic_student_is_said_at_every_number_of_steps():
+    assert "Elastic" not in str(card())
+    numbers = metrics()
+    numbers["fidelity"]["by_steps"] = {
+        "24": {"block_repeats": [2, 1, 1], "macs": 12_500_000, "r2": 0.75, "agreement": 0.5, "student_accuracy": None}
+    }
+    fidelity = section(str(card(numbers)), "Fidelity")
+    assert row(fidelity, "24") == ["24", "2 + 1 + 1", "12.5 M", "0.7500", "50.0 %", "-"]
+
+
 def test_an_unknown_licence_is_said_and_not_guessed():
     text = str(card(license=None))
     assert "license" not in yaml.safe_load(text.split("---")[1])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from raptor_hf.recipes.run_metrics import Fidelity, ProbeRecord, StudentMetrics, TeacherMetrics
+from raptor_hf.recipes.run_metrics import Fidelity, ProbeRecord, StepsFidelity, StudentMetrics, TeacherMetrics
 from tests.support.published_run import metrics, probe
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/metrics.json"))
@@ -31,7 +31,12 @@ def test_what_is_written_is_what_is_read(tmp_path):
     written = StudentMetrics(
         seed=3,
         run_id="a1",
-        fidelity=Fidelity(r2=[0.5, None], cosine={"cls": [1.0, 0.5], "registers": None}, agreement=0.25),
+        fidelity=Fidelity(
+            r2=[0.5, None],
+            cosine={"cls": [1.0, 0.5], "registers": None},
+            agreement=0.25,
+            by_steps={"4": StepsFidelity(block_repeats=[2, 1, 1], macs=7, r2=0.5)},
+        ),
         fidelity_by_size={"16 x 16": Fidelity(r2=[0.25, 0.5])},
         probes={"ade20k": ProbeRecord.from_dict(probe("mean_iou", "semantic-segmentation", [0.4, None]))},
         others={"note": ["kept"]},

@@ -115,7 +115,7 @@ def flags(**settings) -> list[str]:
 def run(monkeypatch, tmp_path, teacher, digits):
     """The command line in this process; without figures, which would take most of the time, unless asked for."""
     monkeypatch.setattr(image_module, "_load_digits", lambda: digits)
-    plots = ("plot_phases", "plot_fidelity", "plot_losses")
+    plots = ("plot_phases", "plot_fidelity", "plot_losses", "plot_depths")
 
     def run(name: str = "run", *, figures: bool = False, **changes) -> Path:
         settings = SHORT | {"teacher": teacher, "output_dir": tmp_path / name} | changes
@@ -293,8 +293,9 @@ def test_macs_are_of_the_images_that_the_processor_gives(run, tmp_path):
         {"trajectory_cache_gb": 1, "mixed_precision": "bf16"},
         {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16}
         | {"depth_conditioning": "low_rank", "branch_shifts": True},
+        {"elastic": [2, 3, 6], "elastic_targets": "nearest", "depth_conditioning": "low_rank"},
     ],
-    ids=["random access", "stream, Muon", "cached trajectories", "augmented, fitted, Muon"],
+    ids=["random access", "stream, Muon", "cached trajectories", "augmented, fitted, Muon", "elastic"],
 )
 def test_run_interrupted_again_and_again_ends_in_the_same_bits(run, monkeypatch, changes):
     whole = run("whole", **changes)
@@ -491,6 +492,25 @@ def test_cached_trajectories_train_the_same_student_with_fewer_passes_of_the_tea
     assert sum(passed) == without - 48  # of two epochs of 48 images, all of the second
     assert all(torch.equal(batches[step][0], batches[step + 12][0]) for step in range(12))
     assert largest_difference(weights(plain), weights(cached)) < 1e-6
+
+
+def test_elastic_student_is_measured_at_every_pace_that_it_learned(run, monkeypatch):
+    paces, task = [], distill.DistillationTask
+    forward = task.forward
+    monkeypatch.setattr(task, "forward", lambda self, *args: (paces.append(args[4]), forward(self, *args))[1])
+    folder = run(elastic=[2, 8], elastic_share=0.7, stage2_steps=12, normalize_loss=True, eval_every=4, figures=True)
+    assert set(paces[:12]) == {None} and set(paces[12:]) == {None, 2, 8}  # 2 blocks of 6 steps in stage 1
+    by_steps = metrics(folder)["fidelity"]["by_steps"]
+    assert list(by_steps) == ["2", "4", "8"] and "by_steps" not in metrics(folder)["evaluations"][0]
+    assert [row["block_repeats"] for row in by_steps.values()] == [[1, 1], [3, 1], [6, 2]]
+    trained = metrics(folder)["fidelity"]
+    assert by_steps["4"]["r2"] == pytest.approx(trained["r2"][-1], abs=1e-6)
+    assert by_steps["4"]["student_accuracy"] == trained["student_accuracy"]
+    assert by_steps["4"]["macs"] == metrics(folder)["macs"]["student"]
+    assert by_steps["2"]["macs"] < by_steps["4"]["macs"] < by_steps["8"]["macs"]
+    assert len({row["r2"] for row in by_steps.values()}) == 3
+    assert (folder / "figures" / "depths.png").exists() and "**Elastic**" in (folder / "README.md").read_text()
+    assert RaptorConfig.from_pretrained(folder).step_scaling
 
 
 def test_a_run_whose_loss_stays_above_its_start_stops(run):
@@ -718,6 +738,13 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"init": "first", "ffn_type": "swiglu"}, "ffn_type='swiglu' does not fit the teacher's weights"),
         ({"train_block": 0}, "train_block trains one block in stage 1; it needs stage2_steps 0"),
         ({"train_block": 2, "stage2_steps": 0}, "train_block is 2; it must be between 0 and 1"),
+        (
+            {"elastic": [1]},
+            "elastic is [1]; it must be one or more numbers of steps, each at least",
+        ),
+        ({"elastic": [3], "stage2_steps": 0}, "stage2_steps is 0; elastic needs a stage 2"),
+        ({"elastic": [3], "horizon": 2}, "horizon is 2; elastic needs none"),
+        ({"elastic": [3], "elastic_share": 1.5}, "elastic_share is 1.5"),
         ({"partition": "best"}, "partition"),
         ({"learning_rates": 1.0}, "unknown flag '--learning_rates'; did you mean --learning_rate"),
     ],

@@ -176,6 +176,27 @@ class DistillSettings(RunSettings):
         group="training",
         at_least=0,
     )
+    elastic: list[int] | None = setting(
+        None,
+        help="numbers of steps through the whole depth that the student also learns, drawn anew for each batch of "
+        "stage 2; none trains one step per layer",
+        group="training",
+        unit="steps",
+        at_least=1,
+        at_most=10_000,
+    )
+    elastic_share: float = setting(
+        0.6,
+        help="share of the batches that take a number of steps from elastic",
+        group="training",
+        at_least=0,
+        at_most=1,
+    )
+    elastic_targets: Literal["interpolated", "nearest"] = setting(
+        "interpolated",
+        help="what a step that ends between two layers of the teacher should give: their mixture or the nearer one",
+        group="training",
+    )
     train_block: int | None = setting(
         None, help="index of the only block to train, in stage 1, counted from 0; none trains all", group="training"
     )
@@ -247,3 +268,21 @@ class DistillSettings(RunSettings):
             raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
         if self.train_block is not None and self.stage2_steps:
             raise ValueError("train_block trains one block in stage 1; it needs stage2_steps 0")
+        if self.elastic is not None:
+            self._check_elastic()
+
+    def _check_elastic(self) -> None:
+        """Other numbers of steps need contiguous phases, all of them, and a stage that runs through the whole depth."""
+        num_blocks = self.num_blocks or len(self.block_repeats)
+        if min(self.elastic, default=0) < num_blocks:
+            raise ValueError(
+                f"elastic is {self.elastic}; it must be one or more numbers of steps, each at least the number of "
+                f"blocks, {num_blocks}"
+            )
+        for name, wrong in (("stage2_steps", 0), ("partition", "random_fragmented")):
+            if getattr(self, name) == wrong:
+                raise ValueError(f"{name} is {wrong}; elastic needs a stage 2 of contiguous phases")
+        if self.horizon is not None:
+            raise ValueError(
+                f"horizon is {self.horizon}; elastic needs none, for its steps run through the whole depth"
+            )
