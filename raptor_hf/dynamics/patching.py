@@ -1,4 +1,4 @@
-"""Causes along depth: which tokens carry the difference of two images, and whether a student's states do a teacher's work.
+"""Causes along depth: which tokens carry the difference of two images, and whether states of one model serve another.
 
     experiment = CausalPatching(model)
     experiment.update(states, states.roll(1, 0))       # images in pairs, with the next of their batch
