@@ -13,18 +13,36 @@ FFN_TYPES = ("mlp", "swiglu")
 DEPTH_CONDITIONINGS = ("none", "scale", "embedding", "low_rank")
 # what tells that an image needs no further step
 EXIT_CRITERIA = ("step_size", "second_difference", "head_margin")
-# family of the teacher -> registers among the tokens of its embedding, None where the teacher's configuration says;
-# DeiT's distillation token is one
-NUM_REGISTERS = {
-    "dinov2_with_registers": None,
-    "dinov2": 0,
-    "vit": 0,
-    "deit": 1,
-    "vit_mae": 0,
-    "clip_vision_model": 0,
-    "siglip_vision_model": 0,
+POSITION_TYPES = ("learned", "rotary_2d")
+POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias")
+EMBEDDING_NORMS = ("none", "tokens")
+# fields that are a family's unless they are given: what they are where `TEACHER_FAMILIES` says nothing
+FAMILY_FIELDS = {
+    "has_cls": True,
+    "position_type": "learned",
+    "position_interpolation": "bicubic",
+    "patch_bias": True,
+    "embedding_norm": "none",
+    "key_bias": True,
 }
-EMBEDDING_TYPES = tuple(NUM_REGISTERS)
+# family of the teacher -> what its students have, a value or how it is read from the teacher's configuration; registers
+# are as many as the teacher's configuration says where nothing is said here, and DeiT's distillation token is one
+TEACHER_FAMILIES: dict[str, dict[str, Any]] = {
+    "dinov2_with_registers": {"position_interpolation": "bicubic_antialias"},
+    "dinov2": {"num_register_tokens": 0},
+    "vit": {"num_register_tokens": 0},
+    "deit": {"num_register_tokens": 1},
+    "vit_mae": {"num_register_tokens": 0},
+    "clip_vision_model": {"num_register_tokens": 0, "patch_bias": False, "embedding_norm": "tokens"},
+    "siglip_vision_model": {"num_register_tokens": 0, "has_cls": False},
+    "dinov3_vit": {
+        "position_type": "rotary_2d",
+        "key_bias": lambda teacher: teacher.key_bias,
+        "qkv_bias": lambda teacher: teacher.query_bias and teacher.value_bias,
+        "ffn_type": lambda teacher: "swiglu" if teacher.use_gated_mlp else "mlp",
+    },
+}
+EMBEDDING_TYPES = tuple(TEACHER_FAMILIES)
 # which class of the flat files each Auto class finds, where raptor_hf is not installed
 AUTO_MAP = {
     "AutoConfig": "configuration_raptor.RaptorConfig",
@@ -63,11 +81,16 @@ TEACHER_FIELDS = (
     "image_size",
     "patch_size",
     "num_channels",
+    "num_register_tokens",
     "qkv_bias",
+    "proj_bias",
     "drop_path_rate",
+    "rope_theta",
     "apply_layernorm",
     "reshape_hidden_states",
 )
+# the same under another name of the teacher's
+TEACHER_NAMES = {"attention_probs_dropout_prob": "attention_dropout", "ffn_bias": "mlp_bias"}
 
 
 @strict
@@ -126,6 +149,12 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Channels of the images.
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether the QKV projection has a bias.
+        key_bias (`bool`, *optional*):
+            Whether that bias has a part for the keys. Defaults to that of the `embedding_type`.
+        proj_bias (`bool`, *optional*, defaults to `True`):
+            Whether the output projection of the attention has a bias.
+        ffn_bias (`bool`, *optional*, defaults to `True`):
+            Whether the projections of the FFN have a bias.
         layerscale_value (`float`, *optional*, defaults to 1e-5):
             Initial LayerScale.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
@@ -134,9 +163,22 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Register tokens between the cls token and the patches. 1 for `embedding_type="deit"`, whose distillation
             token it is; otherwise 0 but for `"dinov2_with_registers"`.
         embedding_type (`str`, *optional*, defaults to `"dinov2_with_registers"`):
-            Which teacher's embedding is wrapped: `"dinov2_with_registers"`, `"dinov2"`, `"vit"`, `"deit"`, `"vit_mae"`,
-            `"clip_vision_model"` or `"siglip_vision_model"`. Only the first antialiases when it interpolates positions,
-            CLIP's ends with a LayerNorm, and SigLIP's has no cls token: heads read the mean patch in its place.
+            Family of the teacher whose embedding is wrapped, one of `TEACHER_FAMILIES`. The fields that follow are the
+            family's unless they are given.
+        has_cls (`bool`, *optional*):
+            Whether the first token is a cls token. Without one, heads read the mean patch in its place.
+        position_type (`str`, *optional*):
+            `"learned"`: a vector per patch of a square image is added to the patches, interpolated for other images.
+            `"rotary_2d"`: queries and keys of the patches are turned by angles of their row and column, each running
+            from -1 to 1 over the image.
+        position_interpolation (`str`, *optional*):
+            How learned positions are interpolated: `"bicubic"` or `"bicubic_antialias"`.
+        rope_theta (`float`, *optional*, defaults to 100.0):
+            Ratio of the fastest to the slowest turning of rotary positions.
+        patch_bias (`bool`, *optional*):
+            Whether the projection of the patches has a bias.
+        embedding_norm (`str`, *optional*):
+            `"tokens"`: a LayerNorm follows the embeddings. `"none"`: it does not.
         apply_layernorm (`bool`, *optional*, defaults to `True`):
             Whether the backbone normalises its feature maps.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`):
@@ -195,10 +237,19 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 14
     num_channels: int = 3
     qkv_bias: bool = True
+    key_bias: bool | None = None
+    proj_bias: bool = True
+    ffn_bias: bool = True
     layerscale_value: float | int = 1e-5
     drop_path_rate: float | int = 0.0
     num_register_tokens: int = 4
     embedding_type: str = "dinov2_with_registers"
+    has_cls: bool | None = None
+    position_type: str | None = None
+    position_interpolation: str | None = None
+    rope_theta: float | int = 100.0
+    patch_bias: bool | None = None
+    embedding_norm: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -220,6 +271,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.block_layer_norm_eps is None:
             self.block_layer_norm_eps = self.layer_norm_eps
+        family = TEACHER_FAMILIES.get(self.embedding_type, {})
+        for name, default in FAMILY_FIELDS.items():
+            if getattr(self, name) is None:
+                value = family.get(name, default)
+                setattr(self, name, default if callable(value) else value)
         for name in ("intermediate_size", *LARGEST):
             _check_largest(name, getattr(self, name))
         _check_largest("num_labels", kwargs.get("num_labels"), MAX_LABELS)
@@ -244,11 +300,6 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_blocks(self) -> int:
         """Number of blocks K that have weights."""
         return len(self.block_repeats)
-
-    @property
-    def has_cls(self) -> bool:
-        """Whether the first token is a cls token."""
-        return self.embedding_type != "siglip_vision_model"
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -422,17 +473,19 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         family = teacher_config.model_type
         if family not in EMBEDDING_TYPES:
-            reason = " Its positions turn queries and keys, and blocks see none." if family == "dinov3_vit" else ""
-            raise ValueError(
-                f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.{reason}"
-            )
-        fields = {name: getattr(teacher_config, name) for name in TEACHER_FIELDS if hasattr(teacher_config, name)}
-        if hasattr(teacher_config, "attention_dropout"):
-            fields["attention_probs_dropout_prob"] = teacher_config.attention_dropout
+            raise ValueError(f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.")
+        names = [*zip(TEACHER_FIELDS, TEACHER_FIELDS, strict=True), *TEACHER_NAMES.items()]
+        fields = {name: getattr(teacher_config, theirs) for name, theirs in names if hasattr(teacher_config, theirs)}
         fields |= _ffn_of(teacher_config)
+        for name, value in TEACHER_FAMILIES[family].items():
+            fields[name] = value(teacher_config) if callable(value) else value
+        if (
+            fields["ffn_type"] == "swiglu"
+            and not hasattr(teacher_config, "mlp_ratio")
+            and fields["hidden_act"] != "silu"
+        ):
+            raise ValueError(f"teacher_config has a gated FFN with {fields['hidden_act']!r}; it must be with 'silu'.")
         fields["embedding_type"] = family
-        registers = NUM_REGISTERS[family]
-        fields["num_register_tokens"] = teacher_config.num_register_tokens if registers is None else registers
         fields["id2label"], fields["label2id"] = teacher_config.id2label, teacher_config.label2id
         config = cls(block_repeats=tuple(block_repeats), **(fields | overrides))
         if config.num_hidden_layers != teacher_config.num_hidden_layers:
@@ -451,6 +504,9 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             ("depth_conditioning", DEPTH_CONDITIONINGS),
             ("embedding_type", EMBEDDING_TYPES),
             ("hidden_act", tuple(ACT2FN)),
+            ("position_type", POSITION_TYPES),
+            ("position_interpolation", POSITION_INTERPOLATIONS),
+            ("embedding_norm", EMBEDDING_NORMS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
@@ -469,10 +525,17 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
                 f"{self.hidden_size}; nearest that do: {sorted(near)}."
             )
+        if self.position_type == "rotary_2d" and self.hidden_size // self.num_attention_heads % 4:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, whose heads are "
+                f"{self.hidden_size // self.num_attention_heads} wide for hidden_size {self.hidden_size}; for "
+                "position_type 'rotary_2d' it must be a multiple of 4."
+            )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        registers = NUM_REGISTERS[self.embedding_type]
+        registers = TEACHER_FAMILIES[self.embedding_type].get("num_register_tokens")
+        registers = None if callable(registers) else registers
         if self.num_register_tokens < 0 or registers not in (None, self.num_register_tokens):
             raise ValueError(
                 f"num_register_tokens is {self.num_register_tokens}; it must be "
@@ -558,7 +621,14 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_positive(self) -> None:
         for name in (
             *("hidden_size", "num_attention_heads", "intermediate_size", "conditioning_rank", "num_channels"),
-            *("layer_norm_eps", "block_layer_norm_eps", "num_segmentation_labels", "min_depth", "max_depth"),
+            *(
+                "layer_norm_eps",
+                "block_layer_norm_eps",
+                "rope_theta",
+                "num_segmentation_labels",
+                "min_depth",
+                "max_depth",
+            ),
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0 and finite.")

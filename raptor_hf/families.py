@@ -29,6 +29,14 @@ DINOV2_BLOCK = {
     "layer_scale2": [("layer_scale2",)],
 }
 
+# DINOv3's FFN is `up_proj`, `down_proj`, with a `gate_proj` before them where it is gated.
+DINOV3_BLOCK = DINOV2_BLOCK | {
+    "attention.qkv": [("attention.q_proj", "attention.k_proj", "attention.v_proj")],
+    "attention.proj": [("attention.o_proj",)],
+    "ffn.fc1": [("mlp.gate_proj", "mlp.up_proj"), ("mlp.up_proj",)],
+    "ffn.fc2": [("mlp.down_proj",)],
+}
+
 # The same of layers without LayerScale, as ViT and CLIP call their modules.
 VIT_BLOCK = {
     "norm1": [("layernorm_before",)],
@@ -47,6 +55,10 @@ CLIP_BLOCK = {
     "ffn.fc2": [("mlp.fc2",)],
 }
 # Parameters of embeddings -> those of RaptorEmbeddings, where they are not called the same.
+DINOV3_EMBEDDINGS = {
+    "patch_embeddings.weight": "patch_embeddings.projection.weight",
+    "patch_embeddings.bias": "patch_embeddings.projection.bias",
+}
 CLIP_EMBEDDINGS = {
     "class_embedding": "cls_token",
     "position_embedding.weight": "position_embeddings",
@@ -103,9 +115,13 @@ class Family:
 FAMILIES = {
     "dinov2": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK),
     "dinov2_with_registers": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK),
-    # No students of these: positions are not in the embeddings but turn queries and keys in every layer, by angles that
-    # depend on the shape of the image, and a RaptorBlock sees tokens and depth only.
-    "dinov3_vit": Family(layers="model.layer", final_norm="norm", rotary="rope_embeddings"),
+    "dinov3_vit": Family(
+        layers="model.layer",
+        final_norm="norm",
+        rotary="rope_embeddings",
+        block_parts=DINOV3_BLOCK,
+        embedding_names=DINOV3_EMBEDDINGS,
+    ),
     "vit": Family(layers="layers", heads=(("cls",),), unused=("pooler",), must_interpolate=True, block_parts=VIT_BLOCK),
     # its distillation token stands where registers do; trained by distillation, it has a second head on that token
     "deit": Family(
@@ -263,12 +279,13 @@ def embeddings_to_raptor(model: PreTrainedModel) -> dict[str, Tensor]:
 def layer_to_raptor(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) -> dict[str, Tensor]:
     """Returns a layer of a family with these `block_parts` as weights of a RaptorBlock; LayerScale it lacks is one."""
     found = block_modules(layer, parts)
-    weights = {part: [module.state_dict() for module in modules] for part, modules in found.items()}
-    weights = {
-        f"{part}.{name}": torch.cat([tensors[name] for tensors in stacked])
-        for part, stacked in weights.items()
-        for name in stacked[0]
-    }
+    weights = {}
+    for part, modules in found.items():
+        stacked = [module.state_dict() for module in modules]
+        if part == "attention.qkv" and "bias" in stacked[0] and "bias" not in stacked[1]:
+            # keys alone have none
+            weights["attention.query_bias"], _, weights["attention.value_bias"] = (t.pop("bias", None) for t in stacked)
+        weights |= {f"{part}.{name}": torch.cat([tensors[name] for tensors in stacked]) for name in stacked[0]}
     return {f"layer_scale{i}.lambda1": torch.ones_like(weights["norm1.weight"]) for i in (1, 2)} | weights
 
 

@@ -94,7 +94,7 @@ class RaptorPatchEmbeddings(nn.Module):
             config.hidden_size,
             self.patch_size,
             self.patch_size,
-            bias=config.embedding_type != "clip_vision_model",
+            bias=config.patch_bias,
         )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -116,12 +116,12 @@ class RaptorPatchEmbeddings(nn.Module):
 class RaptorEmbeddings(nn.Module):
     """The teacher's embeddings: images (B, C, H, W) to tokens (B, T, D), ordered cls, registers, patches.
 
-    T = 1 + R + P, without cls P. For CLIP the norm between embeddings and layers belongs to it.
+    T = 1 + R + P, without cls R + P. A norm between embeddings and layers, CLIP's, belongs to them.
     """
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
-        self.antialias = config.embedding_type == "dinov2_with_registers"
+        self.interpolation = config.position_interpolation
         self.patch_embeddings = RaptorPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.has_cls else None
         self.register_tokens = (
@@ -129,11 +129,13 @@ class RaptorEmbeddings(nn.Module):
             if config.num_register_tokens
             else None
         )
-        self.position_embeddings = nn.Parameter(
-            torch.zeros(1, config.has_cls + self.patch_embeddings.num_patches, config.hidden_size)
+        self.position_embeddings = (
+            nn.Parameter(torch.zeros(1, config.has_cls + self.patch_embeddings.num_patches, config.hidden_size))
+            if config.position_type == "learned"
+            else None
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        has_norm = config.embedding_type == "clip_vision_model"
+        has_norm = config.embedding_norm == "tokens"
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else None
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
@@ -141,8 +143,7 @@ class RaptorEmbeddings(nn.Module):
         Position embeddings for images of `height` x `width` pixels.
 
         Returns:
-            `torch.Tensor`: (1, 1 + P, D), without cls (1, P, D); bicubic, in float32, antialiased for DINOv2 with
-            registers only.
+            `torch.Tensor`: (1, 1 + P, D), without cls (1, P, D); interpolated in float32.
         """
         patch_height, patch_width = self.patch_embeddings.patch_size
         size = height // patch_height, width // patch_width
@@ -153,8 +154,9 @@ class RaptorEmbeddings(nn.Module):
         dim = self.position_embeddings.shape[-1]
         first = 0 if self.cls_token is None else 1
         grid = self.position_embeddings[:, first:].reshape(1, side, side, dim).permute(0, 3, 1, 2)
+        mode, _, antialias = self.interpolation.partition("_")
         grid = nn.functional.interpolate(
-            grid.float(), size=size, mode="bicubic", align_corners=False, antialias=self.antialias
+            grid.float(), size=size, mode=mode, align_corners=False, antialias=bool(antialias)
         )
         grid = grid.to(self.position_embeddings.dtype).flatten(2).transpose(1, 2)
         return torch.cat((self.position_embeddings[:, :first], grid), dim=1)
@@ -163,12 +165,61 @@ class RaptorEmbeddings(nn.Module):
         tokens = self.patch_embeddings(pixel_values)
         if self.cls_token is not None:
             tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
-        tokens = tokens + self.interpolate_pos_encoding(pixel_values.shape[2], pixel_values.shape[3])
+        if self.position_embeddings is not None:
+            tokens = tokens + self.interpolate_pos_encoding(pixel_values.shape[2], pixel_values.shape[3])
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
-            tokens = torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
+            first = 0 if self.cls_token is None else 1
+            tokens = torch.cat((tokens[:, :first], registers, tokens[:, first:]), dim=1)
         tokens = self.dropout(tokens)
         return tokens if self.norm is None else self.norm(tokens)
+
+
+class RaptorRotaryPositions(nn.Module):
+    """Rotary positions (arXiv 2104.09864) in two dimensions: the angles by which queries and keys of a token turn.
+
+    They depend on the shape of the image alone and are the same in every step, so they are computed once per call. A
+    quarter of a head turns with the patch's row, a quarter with its column; cls and registers do not turn.
+    """
+
+    def __init__(self, config: RaptorConfig) -> None:
+        super().__init__()
+        self.patch_size = as_pair(config.patch_size)
+        self.num_prefix_tokens = config.num_prefix_tokens
+        self.quarter = config.hidden_size // config.num_attention_heads // 4
+        self.theta = config.rope_theta
+
+    def forward(
+        self, image_size: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            image_size (`tuple[int, int]`): height and width in pixels.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: cosines and sines, each (T, D / heads / 2), computed in float32.
+        """
+        height, width = (pixels // patch for pixels, patch in zip(image_size, self.patch_size, strict=True))
+        frequencies = 1 / self.theta ** (torch.arange(self.quarter, dtype=torch.float32, device=device) / self.quarter)
+        rows, columns = (self.coordinates(count, device)[:, None] * frequencies for count in (height, width))
+        angles = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1).flatten(
+            0, 1
+        )
+        angles = torch.cat((angles.new_zeros(self.num_prefix_tokens, 2 * self.quarter), angles))
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    @staticmethod
+    def coordinates(count: int, device: torch.device | None) -> torch.Tensor:
+        """The centres of so many patches side by side, of an image from -1 to 1, times 2 pi."""
+        centres = (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count
+        return 2 * math.pi * (2 * centres - 1)
+
+
+def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys, (B, heads, T, D / heads), turned: each of the first half of a head with one of the second."""
+    first, second = heads.chunk(2, dim=-1)
+    cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class StepModulation(NamedTuple):
@@ -397,7 +448,8 @@ def _scaled(layer: nn.Module, hidden_states: torch.Tensor, scale: torch.Tensor |
     if hidden_states.dtype == torch.float16:
         # products of weights and of a LayerScale at its start are below its range
         return layer(hidden_states) * scale
-    return nn.functional.linear(hidden_states, layer.weight * scale[:, None], layer.bias * scale)
+    bias = None if layer.bias is None else layer.bias * scale
+    return nn.functional.linear(hidden_states, layer.weight * scale[:, None], bias)
 
 
 class RaptorLayerNorm(nn.LayerNorm):
@@ -466,8 +518,12 @@ class RaptorAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
         # query, key and value, stacked in this order
-        self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, "qkv", bias=config.qkv_bias)
-        self.proj = _linear(config.hidden_size, config.hidden_size, "proj")
+        self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, "qkv", bias=config.qkv_bias and config.key_bias)
+        # a bias of queries and values alone is beside the layer, which stays a plain one
+        has_own = config.qkv_bias and not config.key_bias
+        self.query_bias = nn.Parameter(torch.zeros(config.hidden_size)) if has_own else None
+        self.value_bias = nn.Parameter(torch.zeros(config.hidden_size)) if has_own else None
+        self.proj = _linear(config.hidden_size, config.hidden_size, "proj", bias=config.proj_bias)
 
     def forward(
         self,
@@ -475,11 +531,17 @@ class RaptorAttention(nn.Module):
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        positions: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, tokens, dim = hidden_states.shape
         qkv = _low_rank(self.qkv, hidden_states, up, down).view(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
+        if self.query_bias is not None:
+            query = query + self.query_bias.to(query.dtype).view(self.num_heads, 1, self.head_dim)
+            value = value + self.value_bias.to(value.dtype).view(self.num_heads, 1, self.head_dim)
+        if positions is not None:
+            query, key = _turned(query, *positions), _turned(key, *positions)
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -498,9 +560,9 @@ class RaptorMLP(nn.Module):
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
-        self.fc1 = _linear(config.hidden_size, config.intermediate_size, "ffn")
+        self.fc1 = _linear(config.hidden_size, config.intermediate_size, "ffn", bias=config.ffn_bias)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn")
+        self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn", bias=config.ffn_bias)
 
     def forward(
         self,
@@ -517,8 +579,8 @@ class RaptorSwiGLU(nn.Module):
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
-        self.fc1 = _linear(config.hidden_size, 2 * config.intermediate_size, "ffn")
-        self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn")
+        self.fc1 = _linear(config.hidden_size, 2 * config.intermediate_size, "ffn", bias=config.ffn_bias)
+        self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn", bias=config.ffn_bias)
 
     def forward(
         self,
@@ -537,6 +599,7 @@ class RaptorBlock(GradientCheckpointingLayer):
     Args:
         hidden_states: tokens, (B, T, D).
         *modulation: the fields of `StepModulation`, flat and positional, since checkpointing follows no other tensors.
+        positions: cosines and sines of `RaptorEncoder.positions`, where positions are rotary.
         step: which step of the model this is, 1..L. The block itself is the same at every step; a hook that is
             registered with `with_kwargs=True` reads it as `kwargs["step"]`.
 
@@ -572,6 +635,7 @@ class RaptorBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         *modulation: torch.Tensor | None,
+        positions: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         step = StepModulation(*modulation)
@@ -582,7 +646,9 @@ class RaptorBlock(GradientCheckpointingLayer):
         fold = self._folds(hidden_states, self.attention, self.attention.proj)
         scale = self.layer_scale1(step.layer_scale1_gain, step.attention_gain)
         branch = self.norm1(hidden_states, step.norm1_gain, step.norm1_shift)
-        branch, weights = self.attention(branch, step.qkv_up, step.qkv_down, scale if fold else None, **kwargs)
+        branch, weights = self.attention(
+            branch, step.qkv_up, step.qkv_down, scale if fold else None, positions=positions, **kwargs
+        )
         branch = self.drop_path(branch)
         hidden_states = hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale)
         if step.attention_shift is not None:
@@ -706,9 +772,9 @@ class RaptorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Linear):
             bound = module.in_features**-0.5
             init.uniform_(module.weight, -bound, bound)
-            if start == "proj":
+            if start == "proj" and module.bias is not None:
                 init.zeros_(module.bias)
-            else:
+            elif module.bias is not None:
                 init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.Conv2d):
             init.trunc_normal_(module.weight, std=std)
@@ -717,6 +783,9 @@ class RaptorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, RaptorAttention) and module.query_bias is not None:
+            init.zeros_(module.query_bias)
+            init.zeros_(module.value_bias)
         elif isinstance(module, RaptorLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
         elif isinstance(module, LowRankConditioner):
@@ -728,7 +797,8 @@ class RaptorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, EmbeddingConditioner):
             init.zeros_(module.depth_embeddings)
         elif isinstance(module, RaptorEmbeddings):
-            init.trunc_normal_(module.position_embeddings, std=std)
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, std=std)
             if module.cls_token is not None:
                 init.trunc_normal_(module.cls_token, std=std)
             if module.register_tokens is not None:
@@ -761,8 +831,37 @@ class RaptorEncoder(RaptorPreTrainedModel):
         # beside the blocks, not in them: they are evaluated once for all steps, before the loop
         conditioner = CONDITIONERS[config.depth_conditioning]
         self.conditioners = nn.ModuleList([conditioner(config, block) for block in range(config.num_blocks)])
+        self.rotary = RaptorRotaryPositions(config) if config.position_type == "rotary_2d" else None
         self.plan = config.step_plan()
         self.post_init()
+
+    def positions(
+        self, hidden_states: torch.Tensor, image_size: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        What every block is given as `positions`; `None` where positions are not rotary.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(B, T, D)`):
+                Tokens, of which the number, the precision and the device are read.
+            image_size (`tuple[int, int]`, *optional*):
+                Height and width in pixels of the images that they are of; `None` stands for a square of patches.
+
+        Raises:
+            ValueError: images of that size have another number of patches.
+        """
+        if self.rotary is None:
+            return None
+        patch_height, patch_width = as_pair(self.config.patch_size)
+        if image_size is None:
+            num_patches = hidden_states.shape[1] - self.config.num_prefix_tokens
+            side = math.isqrt(num_patches)
+            if side**2 != num_patches:
+                raise ValueError(
+                    f"image_size is None for {num_patches} patches, which are no square; it must be (height, width)."
+                )
+            image_size = side * patch_height, side * patch_width
+        return self.rotary(image_size, hidden_states.device, hidden_states.dtype)
 
     def modulations(
         self, plan: tuple[tuple[int, float], ...], device: torch.device | None = None
@@ -799,6 +898,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         hidden_states: torch.Tensor,
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
+        image_size: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RaptorEncoderOutput:
         """
@@ -822,7 +922,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
             # transformers resolves indices with config.num_hidden_layers, which may not be the number of steps, and its
             # versions disagree on the initial state
             kwargs["output_hidden_states"] = True
-        output = self(hidden_states, plan, **kwargs)
+        output = self(hidden_states, plan, image_size, **kwargs)
         states = output.hidden_states
         if states is not None:
             output.depths = torch.tensor([0.0, *(depth for _, depth in plan)], device=hidden_states.device)
@@ -837,6 +937,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         self,
         hidden_states: torch.Tensor,
         plan: tuple[tuple[int, float], ...] | None = None,
+        image_size: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RaptorEncoderOutput:
         plan = self.plan if plan is None else plan
@@ -844,8 +945,9 @@ class RaptorEncoder(RaptorPreTrainedModel):
             # reentrant checkpointing gives a block no gradients if its input needs none, as after frozen embeddings
             hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
         modulations = self.modulations(plan, hidden_states.device)
+        positions = self.positions(hidden_states, image_size)
         for step, ((block, _), modulation) in enumerate(zip(plan, modulations, strict=True), start=1):
-            hidden_states, _ = self.blocks[block](hidden_states, *modulation, step=step, **kwargs)
+            hidden_states, _ = self.blocks[block](hidden_states, *modulation, positions=positions, step=step, **kwargs)
         return RaptorEncoderOutput(last_hidden_state=hidden_states)
 
 
@@ -886,7 +988,9 @@ class RaptorModel(RaptorPreTrainedModel):
             before the final norm, with `depths`, the layer that each of them stands for, and `attentions`, one per
             step.
         """
-        encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)
+        encoded = self.encoder.run(
+            self.embeddings(pixel_values), num_steps, block_repeats, pixel_values.shape[2:], **kwargs
+        )
         tokens = self.layernorm(encoded.last_hidden_state)
         return RaptorModelOutput(
             last_hidden_state=tokens,
@@ -936,7 +1040,9 @@ class RaptorBackbone(BackboneMixin, RaptorPreTrainedModel):
             (B, T, D) with `reshape_hidden_states=False`.
         """
         kwargs["output_hidden_states"] = True
-        encoded = self.encoder.run(self.embeddings(pixel_values), num_steps, block_repeats, **kwargs)
+        encoded = self.encoder.run(
+            self.embeddings(pixel_values), num_steps, block_repeats, pixel_values.shape[2:], **kwargs
+        )
         plan = self.config.step_plan(num_steps, block_repeats)
         height, width = (
             pixels // patch

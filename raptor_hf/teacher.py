@@ -328,15 +328,23 @@ class Teacher(nn.Module):
                 arguments["position_embeddings"] = self._rotary_positions(state, image_size)
             return [functools.partial(layer, **arguments) for layer in self.model.get_submodule(family.layers)]
         encoder = self.model.encoder
+        positions = None if encoder.rotary is None else encoder.positions(state, self._size_of(state, image_size))
         steps = zip(encoder.plan, encoder.modulations(encoder.plan), strict=True)
         return [
             lambda state, block=encoder.blocks[block], modulation=modulation, step=step: block(
-                state, *modulation, step=step
+                state, *modulation, positions=positions, step=step
             )
             for step, ((block, _), modulation) in enumerate(steps, start=1)
         ]
 
     def _rotary_positions(self, state: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        # the module reads shape, precision and device of the images, nothing of what is on them
+        size = self._size_of(state, image_size)
+        blank = torch.zeros((), dtype=self.model.dtype, device=state.device).expand(1, 1, *size)
+        return self.model.get_submodule(FAMILIES[self.family].rotary)(blank)
+
+    def _size_of(self, state: Tensor, image_size: tuple[int, int] | None) -> tuple[int, int]:
+        """Height and width of the images that a state is of; None stands for a square of patches."""
         patch_height, patch_width = as_pair(self.patch_size)
         num_patches = state.shape[1] - self.num_prefix_tokens
         side = math.isqrt(num_patches)
@@ -346,9 +354,7 @@ class Teacher(nn.Module):
                 f"image_size={image_size} does not fit a state of {num_patches} patches of {patch_height} x "
                 f"{patch_width} pixels; give the (height, width) of the images, None if they are square"
             )
-        # the module reads shape, precision and device of the images, nothing of what is on them
-        blank = torch.zeros((), dtype=self.model.dtype, device=state.device).expand(1, 1, height, width)
-        return self.model.get_submodule(FAMILIES[self.family].rotary)(blank)
+        return height, width
 
     def final_norm(self, state: Tensor) -> Tensor:
         """Normalises a state, (..., T, D), as the model does after its last layer; gradients reach the state.

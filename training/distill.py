@@ -284,7 +284,7 @@ class Run:
             for blocks in groups:
                 # gradients are exchanged between processes once, with the last part
                 with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():
-                    losses = self.task(states, stage, forcing, blocks, num_steps)
+                    losses = self.task(states, stage, forcing, blocks, num_steps, images.shape[2:])
                     accelerator.backward(losses["loss"] / parts)
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0) + value.detach() / parts

@@ -25,11 +25,13 @@ from datasets import ClassLabel, Dataset, Features, Image, IterableDataset, Read
 from raptor_settings.resources import find_model
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 # The top-level name raises ImportError without torchvision in transformers 5.17; this one works everywhere.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import is_torchvision_available
 
-from ..image_processing_raptor import ImageError, viewed_image
+from ..image_processing_raptor import ImageError, RaptorImageProcessor, viewed_image
 from .sources import (
     MissingSplitError,
     find_image_column,
@@ -42,6 +44,22 @@ from .sources import (
     select_split,
 )
 
+# Image processors that transformers has with torchvision only, and their settings where a file does not say them.
+_SQUASHED = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": PILImageResampling.BILINEAR,
+    "do_center_crop": False,
+    "crop_size": None,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "image_mean": IMAGENET_DEFAULT_MEAN,
+    "image_std": IMAGENET_DEFAULT_STD,
+}
+TORCHVISION_PROCESSORS = {
+    "DINOv3ViTImageProcessor": _SQUASHED | {"size": {"height": 224, "width": 224}, "do_normalize": True},
+    "Tipsv2ImageProcessor": _SQUASHED | {"size": {"height": 448, "width": 448}, "do_normalize": False},
+}
 NO_LABEL = -1  # as the test splits of many data sets have it
 
 
@@ -280,12 +298,19 @@ def load_image_processor(name_or_folder: str, revision: str | None = None) -> Ba
 
     Returns:
         The processor; `processor(images=[...], return_tensors="pt")["pixel_values"]` is a (B, 3, H, W) float32 tensor.
+        Without torchvision, a `RaptorImageProcessor` stands for those that need it (`TORCHVISION_PROCESSORS`): it
+        resizes bytes with Pillow, they resize floats, which is the same up to a byte's rounding.
 
     Raises:
         FileNotFoundError: if there is none at that place.
     """
+    source = find_model(name_or_folder)
     try:
-        return AutoImageProcessor.from_pretrained(find_model(name_or_folder), revision=revision)
+        settings, _ = BaseImageProcessor.get_image_processor_dict(source, revision=revision)
+        own = TORCHVISION_PROCESSORS.get(str(settings.get("image_processor_type")).removesuffix("Fast"))
+        if own is not None and not is_torchvision_available():
+            return RaptorImageProcessor(**own | {name: settings[name] for name in own.keys() & settings.keys()})
+        return AutoImageProcessor.from_pretrained(source, revision=revision)
     except OSError as error:
         raise FileNotFoundError(
             f"no image processor at {name_or_folder!r}: a local folder needs preprocessor_config.json (written by "

@@ -31,6 +31,9 @@ BRANCHES = {
     "ffn": ("ffn.fc2", "layer_scale2", "layer_scale2_gain", "ffn_shift"),
 }
 
+# what `RaptorEncoder.positions` gives: cosines and sines, or None
+Positions = tuple[Tensor, Tensor] | None
+
 
 class NormalEquations:
     """Sums of a linear regression with an intercept, in float64, from which it can be solved in any weighting.
@@ -130,15 +133,16 @@ def fit_to_teacher(
     was_training = student.training
     student.eval()
     variance = LayerVariance(teacher.num_layers, teacher.hidden_size)
-    trajectories = []
+    trajectories, positions = [], []
     for pixel_values in batches:
         states = teacher.trajectory(pixel_values)
+        positions.append(encoder.positions(states[:, 0].float(), pixel_values.shape[2:]))
         variance.update(states)
         trajectories.append(states.transpose(0, 1))  # (L + 1, B, T, D), layer by layer
     if not trajectories:
         raise ValueError("batches is empty; it must give at least one batch of images to fit the student to")
     weights = 1 / variance.compute()
-    middles = _between_branches(teacher, student, trajectories)
+    middles = _between_branches(teacher, student, trajectories, positions)
     states = [trajectory[0].float() for trajectory in trajectories]
     known = 0  # layers before which the student has states of its own
     for block, layers in enumerate(config.block_layers):
@@ -149,10 +153,10 @@ def fit_to_teacher(
                 fit.fade(branch, memory)
                 for index, trajectory in enumerate(trajectories):
                     start = None if own is None or turn == 0 else own[index]
-                    fit.collect(branch, trajectory, middles[index], start)
+                    fit.collect(branch, trajectory, middles[index], start, positions[index])
                 fit.solve(branch)
         if own is not None:
-            states, known = [fit.advance(state) for state in states], layers[-1]
+            states, known = [fit.advance(*pair) for pair in zip(states, positions, strict=True)], layers[-1]
     student.train(was_training)
 
 
@@ -178,24 +182,26 @@ class _BlockFit:
     def modulations(self) -> list[StepModulation]:
         return self.encoder.modulations(self.plan)
 
-    def advance(self, state: Tensor) -> Tensor:
+    def advance(self, state: Tensor, positions: Positions) -> Tensor:
         """The state after all steps of the block."""
         for modulation in self.modulations():
-            state = self.block(state, *modulation)[0].float()
+            state = self.block(state, *modulation, positions=positions)[0].float()
         return state
 
     def fade(self, branch: str, memory: float) -> None:
         for equations in self.sums[branch]:
             equations.fade(memory)
 
-    def collect(self, branch: str, trajectory: Tensor, middles: Tensor, start: Tensor | None) -> None:
+    def collect(
+        self, branch: str, trajectory: Tensor, middles: Tensor, start: Tensor | None, positions: Positions
+    ) -> None:
         """Adds a batch to the normal equations, from the student's own states, or with None from the teacher's."""
         state = start
         for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations(), strict=True)):
             if start is None:
                 state = trajectory[layer - 1].float()
             with _watched(self.block) as seen:
-                output = self.block(state, *modulation)[0].float()
+                output = self.block(state, *modulation, positions=positions)[0].float()
             if branch == "attention":
                 features, target = seen["attention"], middles[layer].float() - state
             else:
@@ -250,7 +256,9 @@ def _solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: flo
     return weight, targets - features @ weight
 
 
-def _between_branches(teacher: Teacher, student: RaptorPreTrainedModel, trajectories: list[Tensor]) -> list[Tensor]:
+def _between_branches(
+    teacher: Teacher, student: RaptorPreTrainedModel, trajectories: list[Tensor], positions: list[Positions]
+) -> list[Tensor]:
     """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); those of 0 are not defined."""
     # without gradients, or autocast would go on with the half-precision copy of the first layer's weights
     block = RaptorBlock(student.config).to(student.device).eval().requires_grad_(False)
@@ -260,11 +268,11 @@ def _between_branches(teacher: Teacher, student: RaptorPreTrainedModel, trajecto
         states = [trajectory[layer - 1].float() for trajectory in trajectories]
         for original in before:
             block.load_state_dict(teacher.block_state_dict(original))
-            states = [block(state)[0] for state in states]
+            states = [block(state, positions=own)[0] for state, own in zip(states, positions, strict=True)]
         block.load_state_dict(teacher.block_state_dict(last))
-        for middle, state in zip(middles, states, strict=True):
+        for middle, state, own in zip(middles, states, positions, strict=True):
             with _watched(block) as seen:
-                block(state)
+                block(state, positions=own)
             middle[layer] = seen["middle"]
     return middles
 

@@ -13,6 +13,7 @@ An elastic student takes batches of stage 2 at another pace, and is compared wit
     losses = task(states, stage=2, num_steps=draw_num_steps([4, 6, 8, 16], 0.6, seed, step))
 """
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
@@ -194,6 +195,7 @@ class DistillationTask(nn.Module):
         forcing: float = 0.0,
         blocks: tuple[int, ...] | None = None,
         num_steps: int | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
         """
         Args:
@@ -202,18 +204,22 @@ class DistillationTask(nn.Module):
             forcing: lambda, the weight of teacher forcing against autoregression in stage 1.
             blocks: those to train in stage 1; `None` for all.
             num_steps: of stage 2, through the whole depth of a student with `step_scaling`; `None` for L.
+            image_size: height and width in pixels of the images, which rotary positions depend on; `None` stands for a
+                square of patches.
 
         Returns:
             "loss", the scalar to differentiate, and its parts, "block_J" for each block: its loss in stage 1, the mean
             over its steps in stage 2.
         """
         if stage == 2:
-            return self.stage2_losses(states, num_steps)
+            return self.stage2_losses(states, num_steps, image_size)
         blocks = tuple(range(self.backbone.config.num_blocks)) if blocks is None else blocks
-        losses = {f"block_{block}": self.stage1_loss(states, block, forcing) for block in blocks}
+        losses = {f"block_{block}": self.stage1_loss(states, block, forcing, image_size) for block in blocks}
         return losses | {"loss": sum(losses.values())}
 
-    def stage1_loss(self, states: Tensor, block: int, forcing: float) -> Tensor:
+    def stage1_loss(
+        self, states: Tensor, block: int, forcing: float, image_size: tuple[int, int] | None = None
+    ) -> Tensor:
         """
         lambda L_TF + (1 - lambda) L_AR of one block, each the mean over its steps.
 
@@ -225,6 +231,7 @@ class DistillationTask(nn.Module):
         weights = self.stage1_weights if config.num_hidden_layers in layers else None
         plan = tuple((block, float(layer)) for layer in layers)
         modulations = dict(zip(layers, encoder.modulations(plan), strict=True))
+        step = functools.partial(encoder.blocks[block], positions=encoder.positions(states[:, 0], image_size))
         forced, rolled = [], []
         for run in runs(layers):
             state = None
@@ -232,13 +239,13 @@ class DistillationTask(nn.Module):
                 target = states[:, layer]
                 if state is None or forcing > 0:
                     # the first step of a run is the same for both: each starts from the teacher
-                    stepped = encoder.blocks[block](self._start(states[:, layer - 1]), *modulations[layer])[0]
+                    stepped = step(self._start(states[:, layer - 1]), *modulations[layer])[0]
                     forced.append(self.loss(stepped, target, layer, weights))
                 if state is None:
                     state = stepped
                     rolled.append(forced[-1])
                 elif forcing < 1:
-                    state = encoder.blocks[block](state, *modulations[layer])[0]
+                    state = step(state, *modulations[layer])[0]
                     rolled.append(self.loss(state, target, layer, weights))
         if forcing == 0:
             return torch.stack(rolled).mean()
@@ -246,16 +253,18 @@ class DistillationTask(nn.Module):
             return torch.stack(forced).mean()
         return forcing * torch.stack(forced).mean() + (1 - forcing) * torch.stack(rolled).mean()
 
-    def stage2_losses(self, states: Tensor, num_steps: int | None = None) -> dict[str, Tensor]:
+    def stage2_losses(
+        self, states: Tensor, num_steps: int | None = None, image_size: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         """Autoregressive from a_0 through all steps (or afresh every `horizon` steps); means over the steps."""
         encoder, config = self.backbone.encoder, self.backbone.config
-        plan = config.step_plan(num_steps)
+        plan, positions = config.step_plan(num_steps), encoder.positions(states[:, 0], image_size)
         horizon = self.horizon or len(plan)
         losses, reached = [], 0.0
         for step, ((block, depth), modulation) in enumerate(zip(plan, encoder.modulations(plan), strict=True)):
             if step % horizon == 0:
                 state = self._start(self._target(states, reached))
-            state = encoder.blocks[block](state, *modulation)[0]
+            state = encoder.blocks[block](state, *modulation, positions=positions)[0]
             losses.append(self.loss(state, self._target(states, depth), _nearest_layer(depth), self.stage2_weights))
             reached = depth
         of_blocks: list[list[Tensor]] = [[] for _ in range(config.num_blocks)]

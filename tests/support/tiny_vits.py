@@ -13,6 +13,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from raptor_hf.families import FAMILIES
 from tests.support.tiny_models import DIM, NUM_HEADS, NUM_LAYERS, randomize
 
 # family -> tokens before the patches, of which cls
@@ -25,6 +26,7 @@ PREFIX = {
     "dinov3_vit": (3, 1),
 }
 VITS = tuple(PREFIX)
+STUDENTS = tuple(family for family in VITS if FAMILIES[family].block_parts)
 WITH_CLASSIFIER = ("vit", "deit", "clip_vision_model", "siglip_vision_model")
 WIDTH, PATCH, IMAGE = 40, 7, 28
 TEXT = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 50}
