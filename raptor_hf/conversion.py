@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .configuration_raptor import TEACHER_FIELDS, RaptorConfig
 from .families import build_dinov2, count_parameters, find_classifier
@@ -272,11 +272,11 @@ def _dinov2_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
             f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
             "DINOv2 has one epsilon for all norms"
         )
-    fields = {name: getattr(config, name) for name in (*TEACHER_FIELDS, "layerscale_value", "id2label", "label2id")}
+    known = CONFIG_MAPPING[config.embedding_type]
+    fields = {name: getattr(config, name) for name in (*TEACHER_FIELDS, "layerscale_value") if hasattr(known, name)}
+    fields |= {"id2label": config.id2label, "label2id": config.label2id}
     for name in ("initializer_range", "layer_norm_eps", "layerscale_value"):
         fields[name] = float(fields[name])  # where we take integers too, DINOv2 does not
-    if config.embedding_type == "dinov2_with_registers":
-        fields["num_register_tokens"] = config.num_register_tokens
     return AutoConfig.for_model(
         config.embedding_type,
         num_hidden_layers=num_layers,
