@@ -26,6 +26,7 @@ from ..metrics import FidelityAccumulator
 from ..phases import Partition, find_phases
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
+from .lens import patch_readings, readings
 from .motion import angle, directions
 
 # a patch has settled where its direction stays within this angle of its last one, in degrees
@@ -82,6 +83,7 @@ def explore(
     if partition is None:
         own = None if student is None else getattr(student.config, "block_layers", None)
         partition = find_phases(distance, num_blocks) if own is None else Partition(tuple(map(tuple, own)))
+    answers = [lens_of(model, states) for model, states in zip(models, trajectories, strict=True)]
     colours = feature_colours([directions(states)[:, :, first:] for states in trajectories])
     planes = token_paths([directions(states) for states in trajectories])
     content: dict[str, Any] = {
@@ -98,13 +100,16 @@ def explore(
     }
     for index, title in enumerate(titles):
         photograph = {"title": title, "image": jpeg(pixel_values[index].cpu(), mean, std), "models": []}
-        for states, colour, plane, attention in zip(trajectories, colours, planes, attentions, strict=True):
+        for states, colour, plane, attention, answer in zip(
+            trajectories, colours, planes, attentions, answers, strict=True
+        ):
             own = states[index]
             photograph["models"].append(
                 {
                     "colours": encoded(colour[index]),
                     "attention": None if attention is None else encoded(scaled(attention[index])),
                     "settled": settled_at(own[:, first:]).tolist(),
+                    "lens": None if answer is None else answer[index],
                     "speed": by_group(angular_speed(own), teacher),
                     "convergence": by_group(convergence(own), teacher),
                     "paths": np.round(plane[index].numpy(), 3).tolist(),
@@ -203,6 +208,34 @@ def settled_at(states: Tensor) -> Tensor:
     far = torch.rad2deg(angle(unit, unit[-1:].expand_as(unit))) > SETTLED
     steps = torch.arange(1, len(states) + 1)[:, None]
     return (far * steps).amax(0)
+
+
+@torch.no_grad()
+def lens_of(model: Teacher, states: Tensor) -> list[dict[str, Any]] | None:
+    """What the model's classifier reads at every state, image by image; None without a classifier.
+
+    Returns:
+        For each image the name of the first class and its probability at every state, (L + 1,), and the first step from
+        which each patch, in the place of the mean patch, keeps the class that it has at the end, (P,).
+    """
+    if model.classifier is None:
+        return None
+    states = states.to(model.model.device)
+    probabilities, classes = readings(model, states).softmax(-1).max(-1)
+    of_patches = patch_readings(model, states).argmax(-1)
+    steps = torch.arange(1, states.shape[1] + 1, device=states.device)[:, None]
+    settled = ((of_patches != of_patches[:, -1:]) * steps).amax(1)
+    labels = model.model.config.id2label
+    return [
+        {
+            "labels": [str(labels.get(number, number)) for number in numbers],
+            "probabilities": np.round(values, 3).tolist(),
+            "settled": steps_of_patches,
+        }
+        for numbers, values, steps_of_patches in zip(
+            classes.tolist(), probabilities.cpu().numpy(), settled.tolist(), strict=True
+        )
+    ]
 
 
 def fidelity_of(teacher: Teacher, trajectories: Sequence[Tensor]) -> list[float]:

@@ -98,21 +98,93 @@ def test_a_student_of_another_depth_is_refused(models):
         explore(models[0], shallow, images(), titles=["a", "b"], names=["t", "s"], mean=HALF, std=HALF)
 
 
+def test_the_page_says_what_the_classifier_reads_in_every_state():
+    teacher = Teacher(tiny_dinov2(num_labels=5))
+    page = explore(teacher, None, images(), titles=["a", "b"], names=["t"], mean=HALF, std=HALF)
+    states = teacher.trajectory(images())
+    for index, photograph in enumerate(content_of(page)["photographs"]):
+        lens = photograph["models"][0]["lens"]
+        probabilities = torch.stack([teacher.logits(state)[index].softmax(0) for state in states.unbind(1)])
+        assert lens["probabilities"] == pytest.approx(probabilities.amax(1).tolist(), abs=1e-3)
+        assert lens["labels"] == [f"thing {number}" for number in probabilities.argmax(1)]
+        prefix = states[index, :, : teacher.num_prefix_tokens]
+        for patch, settled in enumerate(lens["settled"]):
+            alone = torch.cat([prefix, states[index, :, [teacher.num_prefix_tokens + patch]]], 1)
+            classes = teacher.logits(alone).argmax(1)
+            assert (classes[settled:] == classes[-1]).all()
+            assert settled == 0 or classes[settled - 1] != classes[-1]
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_four_photographs_fit_in_five_megabytes():
+    model = tiny_dinov2(num_hidden_layers=12, num_labels=3)
+    model.set_attn_implementation("eager")
+    teacher = Teacher(model)
+    pixel_values = images((336, 336), batch=4)
+    page = explore(teacher, teacher, pixel_values, titles=["photograph"] * 4, names=["t", "s"], mean=HALF, std=HALF)
+    assert len(content_of(page)["photographs"]) == 4 and len(page.encode()) < 5e6
+
+
+def in_browser(page: str, tmp_path, address: str = "", script: str = "", size: str = "1200,2000") -> str:
+    """The page as a browser has it, after a script has run; what goes wrong on it is an error here."""
+    path = tmp_path / "explore.html"
+    # before all others, so that it hears of their errors
+    listen = "<script>window.onerror = message => { document.title = 'failed: ' + message; };</script>"
+    page = page.replace("<head>", f"<head>{listen}").replace("</body>", f"<script>{script}</script></body>")
+    path.write_text(page)
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--window-size={size}"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [BROWSER, *flags, "--dump-dom", f"{path.as_uri()}{address}"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "<title>failed" not in shown.stdout and "CONSOLE" not in shown.stderr, shown.stderr
+    return shown.stdout
+
+
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+
+
+@pytest.mark.slow
+@needs_browser
 @pytest.mark.parametrize("step", [0, 3])
 def test_a_browser_shows_the_step_that_the_address_names(page, tmp_path, step):
-    path = tmp_path / "explore.html"
-    path.write_text(page)
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--enable-logging=stderr",
-    ]
-    command = [BROWSER, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"{path.as_uri()}#{step}"]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    shown = in_browser(page, tmp_path, f"#{step}")
     wanted = f"Step {step} of {NUM_LAYERS}, block 2 of 2" if step else f"Embedding, before step 1 of {NUM_LAYERS}"
-    assert wanted in shown.stdout and shown.stdout.count("<canvas") == 2 * 4 + 1
-    assert "Uncaught" not in shown.stderr
+    assert wanted in shown and shown.count("<canvas") == 2 * 4 + 1
+
+
+@pytest.mark.slow
+@needs_browser
+def test_slider_keys_and_matrix_move_the_picture(page, tmp_path):
+    """Every way to another step shows that step, and its pixels; a photograph's button shows that photograph."""
+    script = """
+      const first = document.querySelector("canvas"), found = [];
+      const look = () => found.push([document.getElementById("step").textContent.match(/Step (\\d+)|Embedding/)[0],
+        first.toDataURL().length + first.toDataURL().slice(-60)]);
+      const key = name => document.dispatchEvent(new KeyboardEvent("keydown", { key: name, bubbles: true }));
+      look();
+      slider.value = 2; slider.dispatchEvent(new Event("input")); look();
+      key("ArrowRight"); look(); key("ArrowLeft"); look(); key("Home"); look(); key("ArrowLeft"); look();
+      const matrix = document.getElementById("matrix"), box = matrix.getBoundingClientRect();
+      matrix.dispatchEvent(new MouseEvent("click", { clientX: box.left + box.width * 0.6, clientY: box.top + 2 }));
+      look();
+      document.querySelectorAll(".photographs button")[1].click(); look();
+      document.getElementById("single").click(); look();
+      const pre = document.createElement("pre");
+      pre.id = "found"; pre.textContent = JSON.stringify(found); document.body.append(pre);
+    """
+    shown = in_browser(page, tmp_path, "#4", script)
+    found = json.loads(re.search(r'<pre id="found">(.*?)</pre>', shown, re.DOTALL)[1])
+    steps, pictures = zip(*found, strict=True)
+    expected = ["Step 4", "Step 2", "Step 3", "Step 2", "Embedding", "Embedding", "Step 3", "Step 3", "Step 3"]
+    assert list(steps) == expected
+    assert pictures[1] == pictures[3] and pictures[2] == pictures[6] and pictures[4] == pictures[5]
+    # four steps, another photograph, other colours
+    assert len({*pictures}) == 4 + 2
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_narrow_screen_shows_all_without_scrolling_sideways(page, tmp_path):
+    script = "document.title = `${document.documentElement.scrollWidth <= window.innerWidth}, ${window.innerWidth}`;"
+    for width in (1200, 500):
+        assert f"<title>true, {width}</title>" in in_browser(page, tmp_path, script=script, size=f"{width},900")
