@@ -15,7 +15,6 @@ if __name__ == "__main__":
     parse_settings(DistillSettings)
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import logging
@@ -30,8 +29,9 @@ from raptor_hf import figures
 from raptor_hf.data.images import ImageSet, check_image_size
 from raptor_hf.data.labels import ClassMatch
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
-from raptor_hf.data.transforms import CropFlip
+from raptor_hf.data.sizes import SizedSteps, batch_size_at
 from raptor_hf.distillation.evaluation import evaluate_student, print_table
+from raptor_hf.distillation.image_sizes import FURTHER_IMAGES, cropping, further_processors, num_tokens, sized_steps
 from raptor_hf.distillation.inputs import class_match, disk_space, open_inputs
 from raptor_hf.distillation.partition import check_phases, check_trained_blocks, phases_of, read_partition
 from raptor_hf.distillation.start import fit_student
@@ -63,8 +63,6 @@ from raptor_hf.teacher import Teacher, count_parameters, macs
 
 logger = logging.getLogger("distill")
 
-# share of an image's area that --augment keeps, at least and at most
-AUGMENT_AREA = (0.25, 1.0)
 # of the first loss, what a run may rise to: after a fitted start the first steps at the full rate lose some of it
 RISING_FACTOR = 1.5
 
@@ -79,11 +77,14 @@ def main() -> None:
         # the weights have a generator of their own; every process draws input noise of its own
         set_seed(settings.seed, device_specific=True)
         teacher, processor, train_images, test_images = open_inputs(settings, accelerator)
+        sized = sized_steps(settings, processor, teacher, accelerator.num_processes)
+        eval_processors = further_processors(settings, processor, teacher)
         fingerprints = {"teacher": fingerprint_model(teacher.model), "images": fingerprint_dataset(train_images)}
         settings = dataclasses.replace(settings, test_split=test_images.split)  # saved as it was found
         session.claim(settings, disk_space(settings, teacher), fingerprints, inputs=[settings.teacher])
         evaluated_on = {"dataset": settings.dataset, "split": settings.test_split, "num_images": settings.eval_images}
-        if metrics := session.read_result(needs="model*.safetensors", evaluated_on=evaluated_on):
+        result_of = evaluated_on | {"further_sizes": list(eval_processors)}
+        if metrics := session.read_result(needs="model*.safetensors", evaluated_on=result_of):
             if accelerator.is_main_process:
                 print_table(metrics)
             session.close("this run is finished; its folder stays as it is")
@@ -134,12 +135,12 @@ def main() -> None:
     )
     task, optimizer = accelerator.prepare(task, optimizer)
 
-    run = Run(session, teacher, task, optimizer, test_images, processor, fit_seconds)
+    run = Run(session, teacher, task, optimizer, test_images, processor, sized, fit_seconds)
     run.resume(evaluated_on)
-    if settings.augment:
-        cropped = copy.deepcopy(processor)
-        cropped.do_resize = cropped.do_center_crop = False
-        crop = CropFlip(check_image_size(processor, teacher.patch_size), scale=AUGMENT_AREA)
+    if sized is not None:
+        loader = functools.partial(loader, sized=sized)
+    elif settings.augment:
+        cropped, crop = cropping(processor, teacher)
         loader = functools.partial(loader, augment=crop, processor=cropped)
     for stage in (1, 2):
         if run.num_steps(stage) and run.stage <= stage:
@@ -151,13 +152,15 @@ def main() -> None:
     if accelerator.is_main_process:
         save_student(run, weights)
     began = time.perf_counter()
-    metrics = {"fidelity": run.evaluate(all_paces=True), "unreadable_images": session.gather_failures(run.failures)}
+    metrics = {"fidelity": run.evaluate(all_paces=True)}
+    metrics["fidelity_by_size"] = {size: run.evaluate(further) for size, further in eval_processors.items()}
+    metrics["unreadable_images"] = session.gather_failures(run.failures)
     seconds = {"phases": phases.get("seconds", 0.0)}
     seconds |= {"fit": run.fit_seconds} if settings.init == "fitted" else {}
     seconds |= {f"stage{stage}": log[-1]["seconds"] for stage, log in run.histories.items() if log}
     seconds["evaluation"] = time.perf_counter() - began
     if accelerator.is_main_process:
-        metrics |= describe_run(run, partition, seconds, metrics["fidelity"]) | {"evaluated_on": evaluated_on}
+        metrics |= describe_run(run, partition, seconds, metrics["fidelity"]) | {"evaluated_on": result_of}
         save_outputs(run, partition, metrics)
         print_table(metrics)
     session.close(f"saved to {folder}: the model, its card README.md, metrics.json and figures/")
@@ -174,6 +177,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         test_images: ImageSet,
         processor: Any,
+        sized: SizedSteps | None,
         fit_seconds: float,
     ) -> None:
         self.fit_seconds = fit_seconds
@@ -183,7 +187,7 @@ class Run:
         if budget := self.settings.trajectory_cache_gb:
             dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else teacher.model.dtype
             self.trajectory = TrajectoryCache(teacher.trajectory, budget * 1e9, dtype)
-        self.test_images, self.processor = test_images, processor
+        self.test_images, self.processor, self.sized = test_images, processor, sized
         self.stage, self.step = 1, 0
         self.log: IntervalLog | None = None
         self.histories: dict[int, list[dict[str, Any]]] = {1: [], 2: []}
@@ -201,6 +205,10 @@ class Run:
     def class_match(self) -> ClassMatch:
         """Which classes of the teacher's classifier the labels of the test images mean."""
         return class_match(self.teacher, self.test_images)
+
+    def num_images(self, step: int) -> int:
+        """Images of one step of the run, of both stages counted on."""
+        return self.settings.batch_size if self.sized is None else self.sized.num_images(step)
 
     def num_steps(self, stage: int) -> int:
         return self.settings.stage1_steps if stage == 1 else self.settings.stage2_steps
@@ -243,7 +251,7 @@ class Run:
             if self.forcing(step) == self.forcing(num_steps - 1):  # until then stage 1 has another loss at every step
                 rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
                 self.first_loss = rising.first
-            if record := self.log.update(step + 1, losses, lr=lr):
+            if record := self.log.update(step + 1, losses, lr=lr, num_images=self.num_images(offset + step)):
                 accelerator.log(record, step=offset + step + 1)
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < num_steps:
                 self.note_evaluation()
@@ -345,20 +353,27 @@ class Run:
         self.first_loss = progress.get("first_loss")
         logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
-    def evaluate(self, all_paces: bool = False) -> dict[str, Any]:
-        """
-        Fidelity, agreement and accuracies on the test images, of an elastic student also at all numbers of steps that
-        it has learned if `all_paces`; a collective operation.
+    def evaluate(self, processor: Any = None, all_paces: bool = False) -> dict[str, Any]:
+        """Fidelity, agreement and accuracies on the test images; a collective operation.
+
+        Args:
+            processor: that makes these images of a further size, on some of them; None for the run's own.
+            all_paces: whether to measure an elastic student also at all numbers of steps that it has learned.
         """
         accelerator, settings = self.accelerator, self.settings
+        batch_size, limit = settings.eval_batch_size, settings.eval_images
+        if processor is not None:
+            tokens, own_tokens = (num_tokens(each, self.teacher) for each in (processor, self.processor))
+            batch_size = batch_size_at(batch_size, tokens, own_tokens, accelerator.num_processes)
+            limit = min(limit or FURTHER_IMAGES, FURTHER_IMAGES)
         batches = eval_loader(
             self.test_images,
-            self.processor,
-            batch_size=settings.eval_batch_size,
+            processor or self.processor,
+            batch_size=batch_size,
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
             num_workers=usable_workers(settings.num_workers),
-            limit=settings.eval_images,
+            limit=limit,
             max_failures=settings.max_decode_failures,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -376,7 +391,7 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float], fide
     image = torch.zeros(1, student.config.num_channels, *size, device=run.accelerator.device)
     for num_steps, scores in fidelity.get("by_steps", {}).items():
         scores["macs"] = macs(functools.partial(student, num_steps=int(num_steps)), image)
-    trained = sum(log[-1]["step"] for log in run.histories.values() if log) * settings.batch_size
+    trained = sum(run.num_images(step) for step in range(settings.stage1_steps + settings.stage2_steps))
     training_seconds = seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0)
     return {
         **run.session.identity,

@@ -9,6 +9,7 @@ Images stay the bytes or paths they are stored as until one is read, so that the
 (`raptor_hf.data.loaders`) share the decoding and a damaged file costs one image instead of the run.
 """
 
+import copy
 import hashlib
 import math
 import os
@@ -354,6 +355,28 @@ def check_image_size(processor: BaseImageProcessor, patch_size: int, num_channel
                 f"of patch_size={patch_size}; use {nearest} in place of {side}"
             )
     return shapes[0]
+
+
+def resized_processor(processor: BaseImageProcessor, side: int, patch_size: int) -> BaseImageProcessor:
+    """A copy of an image processor whose images have another size; what is resized to and what is cropped scale alike.
+
+    Args:
+        processor: with images of one size.
+        side: the shorter side of the new images, in pixels.
+        patch_size: side of the model's square patches, in pixels.
+
+    Raises:
+        ValueError: the side is no multiple of the patch, or the processor takes images as they are.
+    """
+    own = check_image_size(processor, patch_size)
+    resized = copy.deepcopy(processor)
+    for name in ("size", "crop_size"):
+        if sides := getattr(processor, name, None):
+            setattr(resized, name, {key: round(value * side / min(own)) for key, value in dict(sides).items() if value})
+    found = check_image_size(resized, patch_size)
+    if min(found) != side:
+        raise ValueError(f"the image processor gives images of {found[0]} x {found[1]} pixels where {side} are wanted")
+    return resized
 
 
 def augment(

@@ -31,6 +31,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .dense import DenseSet, TargetError
 from .images import ImageDecodeError, ImageSet
+from .sizes import SizedSteps
 
 logger = logging.getLogger(__name__)
 
@@ -151,6 +152,7 @@ def train_loader(
     collate: Collate | None = None,
     pin_memory: bool = False,
     last_batch: LastBatch = "join",
+    sized: SizedSteps | None = None,
 ) -> ImageLoader:
     """Makes the batches of a training run, or of the rest of one.
 
@@ -179,13 +181,14 @@ def train_loader(
             is the processor, and class labels as they are.
         pin_memory: whether batches come in page-locked memory, which a GPU reads faster; of no effect without CUDA.
         last_batch: as in `Steps`; with another value than "join", batches may be smaller and epochs shorter.
+        sized: the size and number of the images of each step, in place of `batch_size`, `processor` and `augment`.
 
     Returns:
         The loader, with `num_steps - start_step` batches of B / n images.
 
     Raises:
-        ValueError: if the batch does not divide among the processes, a number is out of range, or maps come without a
-            `collate`.
+        ValueError: if the batch does not divide among the processes, a number is out of range, maps come without a
+            `collate`, or `sized` with a stream or a `collate`.
     """
     size = _local_size(batch_size, process_index, num_processes)
     if not 0 <= start_step <= num_steps:
@@ -196,6 +199,18 @@ def train_loader(
     # The loader seeds its workers; by a generator of its own it leaves torch's global one, the run's, alone.
     generator = torch.Generator().manual_seed(seed)
     options = {"num_workers": num_workers, "generator": generator, "pin_memory": pin_memory}
+    if sized is not None:
+        if images.streaming or collate is not None:
+            raise ValueError("sized is given; it goes neither with a stream nor with a collate")
+        order = EpochOrder(images.num_images, seed if shuffle else None)
+        readers = {
+            side: _Reader(images, _collation(images, view.processor, None), max_failures, view.augment, seed)
+            for side, view in sized.views.items()
+        }
+        steps = range(start_step, num_steps)
+        items = [(sized.sizes[step], sized.positions(step, process_index, num_processes)) for step in steps]
+        batches = _SizedBatches({side: _Batches(reader, order) for side, reader in readers.items()})
+        return _image_loader(batches, max_failures, sampler=items, **options)
     if images.streaming:
         if last_batch != "join":
             raise ValueError(f"last_batch={last_batch!r}: a stream does not tell where an epoch ends")
@@ -454,6 +469,17 @@ class _Batches(torch.utils.data.Dataset):
             return dataset[index], index
 
         return self.reader.filled(row_at, positions, positions)
+
+
+@dataclass
+class _SizedBatches(torch.utils.data.Dataset):
+    """Batches of images of several sizes, indexed by size and positions."""
+
+    batches: Mapping[int, _Batches]
+
+    def __getitem__(self, item: tuple[int, range]) -> Batch:
+        size, positions = item
+        return self.batches[size][positions]
 
 
 @dataclass

@@ -36,8 +36,8 @@ def evaluate_student(
         paces: numbers of steps through the whole depth, at which a student with `step_scaling` is measured, too.
 
     Returns:
-        The fields of `Fidelity`, and "agreement", "teacher_accuracy" and "student_accuracy", None where not known; with
-        `paces` "by_steps", the fields of `StepsFidelity` by the number of steps, but for their cost.
+        The fields of `Fidelity`, "num_images", and "agreement", "teacher_accuracy" and "student_accuracy", None where
+        not known; with `paces` "by_steps", the fields of `StepsFidelity` by the number of steps, but for their cost.
     """
     for module in task.modules():
         if isinstance(module, FSDPModule):  # the student is called past the wrapper, which would gather its weights
@@ -66,7 +66,7 @@ def evaluate_student(
             predictions.update(teacher.logits(ends[:, 1]), truth, labels)
     student.train()
     fidelity.merge(accelerator)
-    scores = fidelity.compute().to_dict() | own.compute(accelerator)
+    scores = fidelity.compute().to_dict() | {"num_images": int(fidelity.sums()[0])} | own.compute(accelerator)
     scores["teacher_accuracy"] = _accuracy(teacher_accuracy, accelerator)
     for num_steps, (final, predictions) in finals.items():
         final.merge(accelerator)
@@ -107,6 +107,8 @@ def print_table(metrics: Mapping[str, Any]) -> None:
         epsilon, relative = fidelity["epsilon"][index], fidelity["relative_epsilon"][index]
         print(f"{index + 1:>5} {r2:8.4f} {epsilon:9.3f} {relative:9.4f}{cosines}")
     print(f"mean R2 {np.mean(fidelity['r2']):.4f}")
+    for size, further in metrics.get("fidelity_by_size", {}).items():
+        print(f"mean R2 {np.mean(further['r2']):.4f} at {size} pixels, on {further['num_images']} images")
     for name in ("agreement", "teacher_accuracy", "student_accuracy"):
         if fidelity[name] is not None:
             print(f"{name.replace('_', ' ')} {fidelity[name]:.2%}")

@@ -227,7 +227,8 @@ def _fidelity_sizes(
     own = [("of the run", metrics.fidelity)] if metrics.fidelity else []
     return [
         (
-            f"{size} px" if size[:1].isdigit() else size,
+            (f"{size} px" if size[:1].isdigit() else size)
+            + (f", {fidelity.num_images:,} images" if fidelity.num_images else ""),
             _number(fidelity.r2[-1] if fidelity.r2 else None),
             _number(_mean_of_known(fidelity.r2)),
             percent(fidelity.agreement) or "-",

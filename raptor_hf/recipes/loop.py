@@ -199,7 +199,7 @@ class IntervalLog:
     Args:
         accelerator: losses are averaged over its processes; its main process prints.
         num_steps: length of the run.
-        images_per_step: images of one optimizer step, over all processes.
+        images_per_step: images of one optimizer step, over all processes, where `update` is not told.
         log_every: length of an interval in steps; the last one may be shorter.
 
     Attributes:
@@ -218,7 +218,9 @@ class IntervalLog:
         self._seconds = 0.0
         self._restart_clock()
 
-    def update(self, step: int, losses: dict[str, Tensor], *, lr: float) -> dict[str, Any] | None:
+    def update(
+        self, step: int, losses: dict[str, Tensor], *, lr: float, num_images: int | None = None
+    ) -> dict[str, Any] | None:
         """Take in one step; at the end of an interval, print its line. Collective then: all processes call it.
 
         Args:
@@ -226,6 +228,7 @@ class IntervalLog:
             losses: scalar tensors on any device; the same names on all processes. A loss that is absent from some steps
                 is averaged over the others.
             lr: learning rate of this step.
+            num_images: of this step, over all processes.
 
         Returns:
             The record of the interval, for the trackers, if one ended.
@@ -235,6 +238,7 @@ class IntervalLog:
             self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
             self._counts[name] = self._counts.get(name, 0) + 1
         self._interval_steps += 1
+        self._interval_images += self.images_per_step if num_images is None else num_images
         if step % self.log_every != 0 and step != self.num_steps:
             return None
 
@@ -246,7 +250,7 @@ class IntervalLog:
             "step": step,
             **{name: total / self._counts[name] for name, total in sums.items()},
             "lr": lr,
-            "images_per_second": rate * self.images_per_step,
+            "images_per_second": self._interval_images / seconds,
             "seconds": self._seconds,
         }
         self.history.append(record)
@@ -293,7 +297,7 @@ class IntervalLog:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        self._interval_steps = 0
+        self._interval_steps = self._interval_images = 0
         self._start = time.perf_counter()
 
     def _synchronize(self) -> dict[str, float]:

@@ -100,6 +100,7 @@ class Fidelity(Record):
         epsilon: mean norm of the difference, of layers 1..L.
         relative_epsilon: the same over the mean norm of the teacher's tokens.
         cosine: mean cosine of layers 1..L, for the groups "cls", "registers" and "patches"; None for no such tokens.
+        num_images: that it was measured on.
         agreement: share of the images on which the teacher's classifier gives both the same class.
         teacher_accuracy: of the teacher with its classifier, a share.
         student_accuracy: of the student with the same classifier.
@@ -110,6 +111,7 @@ class Fidelity(Record):
     epsilon: list[float | None] | None = None
     relative_epsilon: list[float | None] | None = None
     cosine: dict[str, list[float | None] | None] = field(default_factory=dict)
+    num_images: int | None = None
     agreement: float | None = None
     teacher_accuracy: float | None = None
     student_accuracy: float | None = None
@@ -117,6 +119,9 @@ class Fidelity(Record):
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in super().to_dict().items() if name != "by_steps" or value}
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in super().to_dict().items() if value is not None or name != "num_images"}
 
 
 @dataclass(kw_only=True)

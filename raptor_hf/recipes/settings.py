@@ -31,7 +31,7 @@ RUN_ONLY = (
     *("max_nonfinite_steps", "max_rising_steps", "max_decode_failures"),
     *("cache_gb", "trajectory_cache_gb"),
     # of the evaluation: what was evaluated otherwise is evaluated again
-    *("test_split", "eval_batch_size", "eval_images", "eval_every", "metric", "quick_checks", "knn_k"),
+    *("test_split", "eval_batch_size", "eval_images", "eval_sizes", "eval_every", "metric", "quick_checks", "knn_k"),
 )
 # first line of the resolved settings, which YAML takes for a comment
 _RUN_ID = "# run_id: "

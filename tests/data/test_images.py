@@ -15,9 +15,17 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from raptor_hf.data import sources
-from raptor_hf.data.images import ImageDecodeError, augment, check_image_size, load_image_processor, open_images
+from raptor_hf.data.images import (
+    ImageDecodeError,
+    augment,
+    check_image_size,
+    load_image_processor,
+    open_images,
+    resized_processor,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -365,6 +373,29 @@ class TestImageProcessor:
             check_image_size(processor, 14)
         with pytest.raises(ValueError, match="patch_size=32; use 32 in place of 28"):
             check_image_size(processor, 32)
+
+    @pytest.mark.parametrize(
+        "processor, fields",
+        [
+            (
+                BitImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 28, "width": 42}),
+                {"size": {"shortest_edge": 64}, "crop_size": {"height": 56, "width": 84}},
+            ),
+            (
+                ViTImageProcessorPil(size={"height": 28, "width": 28}),
+                {"size": {"height": 56, "width": 56}},
+            ),
+        ],
+        ids=["crop", "no crop"],
+    )
+    def test_resized_processor_makes_the_images_of_one_that_was_made_for_that_size(self, processor, fields):
+        resized, expected = resized_processor(processor, 56, 14), type(processor)(**fields)
+        pictures = [noise(0, (90, 60)), noise(1, (50, 80))]
+        pixels = [each(images=pictures, return_tensors="pt")["pixel_values"] for each in (resized, expected)]
+        assert torch.equal(*pixels) and min(pixels[0].shape[-2:]) == 56
+        assert min(check_image_size(processor, 14)) == 28  # the given one is as it was
+        with pytest.raises(ValueError, match="does not divide into patches of patch_size=14; use 42 or 56"):
+            resized_processor(processor, 50, 14)
 
     def test_sizes_that_vary_are_refused(self):
         with pytest.raises(ValueError, match="varies"):

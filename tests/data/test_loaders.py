@@ -19,8 +19,9 @@ import torch
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf.data.dense import DenseSet, TargetError, open_dense
-from raptor_hf.data.images import ImageSet, open_images
+from raptor_hf.data.images import ImageSet, open_images, resized_processor
 from raptor_hf.data.loaders import EpochOrder, Steps, TooManyFailuresError, eval_loader, train_loader
+from raptor_hf.data.sizes import SizedSteps, View, draw_sizes
 from raptor_hf.data.transforms import CropFlip, SegmentationCollate
 from tests.support.dense_layouts import write_ade20k
 
@@ -325,6 +326,34 @@ class TestEvaluation:
         assert len(loader.failures.reasons) == 5
         with pytest.raises(TooManyFailuresError, match="5 images .* max_failures=4"):
             list(eval_loader(images, processor, batch_size=4, max_failures=4))
+
+
+class TestSizes:
+    """Steps that differ in the size of their images read the same sequence as steps that do not."""
+
+    def test_each_step_has_the_images_that_its_processor_makes_of_the_sequence(self, digits, processor):
+        large = resized_processor(processor, 16, patch_size=1)
+        sizes = draw_sizes(9, [0, 1], seed=2)
+        sized = SizedSteps(sizes, {0: View(processor, 6), 1: View(large, 2)})
+        options = {"batch_size": 6, "seed": 3, "num_steps": 9, "sized": sized}
+        whole = list(train_loader(digits, processor, **options))
+        order, place = EpochOrder(23, seed=3), 0
+        for size, batch in zip(sizes, whole, strict=True):
+            pictures = [digits.decode(order(place + i))[0] for i in range((6, 2)[size])]
+            expected = (processor, large)[size](images=pictures, return_tensors="pt")["pixel_values"]
+            assert torch.equal(batch["pixel_values"], expected)
+            place += len(pictures)
+        assert {*sizes} == {0, 1} and place > 23
+        assert_equal(list(train_loader(digits, processor, **options, start_step=4, num_workers=2)), whole[4:])
+        halves = [list(train_loader(digits, processor, **options, num_processes=2, process_index=r)) for r in (0, 1)]
+        for batch, *parts in zip(whole, *halves, strict=True):
+            assert torch.equal(batch["pixel_values"], torch.cat([part["pixel_values"] for part in parts]))
+
+    def test_a_stream_is_refused(self, tmp_path, processor):
+        images = open_images(write_parquet(tmp_path / "x", 10), "train", streaming=True)
+        sized = SizedSteps([0], {0: View(processor, 2)})
+        with pytest.raises(ValueError, match="neither with a stream"):
+            train_loader(images, processor, batch_size=2, seed=0, num_steps=1, sized=sized)
 
 
 class TestAugmentation:

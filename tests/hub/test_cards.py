@@ -257,9 +257,11 @@ def test_fidelity_is_said_at_every_size_that_was_measured():
     assert "at this size of images alone" in section(str(card()), "Fidelity")
     numbers = metrics()
     numbers["fidelity_by_size"] = {"32 x 32": {"r2": [0.5] * 5 + [0.25], "agreement": 0.5}}
+    numbers["fidelity_by_size"] |= {"48 x 48": {"r2": [0.5] * 6, "num_images": 1280}}
     fidelity = section(str(card(numbers)), "Fidelity")
     assert row(fidelity, "of the run") == ["of the run", "0.9500", "0.7417", "87.5 %"]
     assert row(fidelity, "32 x 32 px") == ["32 x 32 px", "0.2500", "0.4583", "50.0 %"]
+    assert row(fidelity, "48 x 48 px, 1,280 images") == ["48 x 48 px, 1,280 images", "0.5000", "0.5000", "-"]
     assert "alone" not in fidelity
 
 

@@ -66,7 +66,18 @@ SHORT = {
     "log_every": 3,
     "checkpoint_every": 4,
 }
-PROMISED = {"phases", "parameters", "macs", "fidelity", "seconds", "images_per_second", "seed", "device", "versions"}
+PROMISED = {
+    "phases",
+    "parameters",
+    "macs",
+    "fidelity",
+    "fidelity_by_size",
+    "seconds",
+    "images_per_second",
+    "seed",
+    "device",
+    "versions",
+}
 BESIDE = {"version", "backbone", "teacher", "blocks", "unreadable_images", "evaluations"}
 BESIDE |= {"run_id", "fingerprints", "evaluated_on"}
 
@@ -205,8 +216,10 @@ def test_folder_loads_in_transformers_and_is_as_faithful_as_it_says(run, teacher
     assert fidelity["teacher_accuracy"] == pytest.approx((truth == labels).double().mean().item())
     assert fidelity["student_accuracy"] == pytest.approx((predicted == labels).double().mean().item())
     assert fidelity.keys() == {
-        *("r2", "epsilon", "relative_epsilon", "cosine", "agreement", "teacher_accuracy", "student_accuracy")
+        *("r2", "epsilon", "relative_epsilon", "cosine", "agreement", "teacher_accuracy", "student_accuracy"),
+        "num_images",
     }
+    assert fidelity["num_images"] == 24
 
     (start, middle), (again, end) = found["phases"]
     assert (start, again, end) == (0, middle, 4)
@@ -291,11 +304,12 @@ def test_macs_are_of_the_images_that_the_processor_gives(run, tmp_path):
         {"input_noise": 0.1, "eval_every": 5, "horizon": 3},
         {"streaming": True, "train_split": "train", "test_split": "test", "eval_images": 20, "optimizer": "muon"},
         {"trajectory_cache_gb": 1, "mixed_precision": "bf16"},
+        {"image_sizes": [4, 8], "final_image_size": 16, "final_share": 0.4},
         {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16}
         | {"depth_conditioning": "low_rank", "branch_shifts": True},
         {"elastic": [2, 3, 6], "elastic_targets": "nearest", "depth_conditioning": "low_rank"},
     ],
-    ids=["random access", "stream, Muon", "cached trajectories", "augmented, fitted, Muon", "elastic"],
+    ids=["random access", "stream, Muon", "cached trajectories", "sizes", "augmented, fitted, Muon", "elastic"],
 )
 def test_run_interrupted_again_and_again_ends_in_the_same_bits(run, monkeypatch, changes):
     whole = run("whole", **changes)
@@ -476,6 +490,37 @@ def test_augmentation_is_drawn_by_the_seed_and_leaves_phases_and_tests_alone(run
     assert same(weights(first), weights(again)) and not same(weights(first), weights(plain))
     phases = [json.loads((folder / "phases.json").read_text()) for folder in (plain, first)]
     assert phases[0]["distance"] == phases[1]["distance"]
+
+
+def test_images_of_several_sizes_have_about_as_many_tokens_in_a_batch(run, batches):
+    sizes = {"image_sizes": [4, 8], "image_size_shares": [2, 1], "final_image_size": 16, "final_share": 0.5}
+    folder = run(**sizes, train_split="train[:96]")
+    shapes = [tuple(images.shape[i] for i in (0, 3)) for images, _ in batches]
+    # of 7, 19 and 67 tokens; the last half of stage 2 has the final size
+    assert {*shapes[:9]} == {(21, 4), (8, 8)} and shapes[9:] == [(2, 16)] * 3
+    (record,) = [record for record in json.loads((folder / "losses.json").read_text())["stage2"] if record["step"] == 6]
+    assert record["images_per_second"] > 0
+    assert [*metrics(folder)["fidelity_by_size"]] == ["4 x 4", "16 x 16"]
+
+
+def test_fidelity_is_measured_at_twice_the_size_or_as_asked(run, teacher, digits, monkeypatch):
+    folder = run(test_split="test")
+    assert [*metrics(folder)["fidelity_by_size"]] == ["16 x 16"]
+    weights, student = (folder / "model.safetensors").read_bytes(), RaptorModel.from_pretrained(folder).eval()
+    monkeypatch.setattr(distill.Run, "backward", None)  # another size is no reason to train again
+    run(test_split="test", eval_sizes=[12])
+    (found,) = metrics(folder)["fidelity_by_size"].values()
+    half, size = [0.5, 0.5, 0.5], {"height": 12, "width": 12}
+    processor = BitImageProcessorPil(size={"shortest_edge": 12}, crop_size=size, image_mean=half, image_std=half)
+    pictures = [digits["test"][index]["image"].convert("RGB") for index in range(128)]
+    pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    states = load_teacher(str(teacher)).trajectory(pixel_values).double()
+    own = hidden_states(student, pixel_values).double()
+    error, spread = (own - states).square(), (states - states.mean(dim=(0, 2), keepdim=True)).square()
+    expected = 1 - error.sum(dim=(0, 2, 3)) / spread.sum(dim=(0, 2, 3))
+    np.testing.assert_allclose(found["r2"], expected[1:], atol=1e-5)
+    assert found["num_images"] == 128 and metrics(folder)["fidelity"]["num_images"] == 500
+    assert (folder / "model.safetensors").read_bytes() == weights
 
 
 def test_cached_trajectories_train_the_same_student_with_fewer_passes_of_the_teacher(run, monkeypatch, batches):
@@ -728,6 +773,13 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"warmup_steps": 6}, "warmup_steps is 6; it must be below stage1_steps, 6"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "there is nothing to train"),
         ({"augment": True, "trajectory_cache_gb": 1}, "trajectory_cache_gb is 1.0; it must be 0 with augment"),
+        ({"image_sizes": [4, 9]}, "does not divide into patches of patch_size=2; use 8 or 10 in place of 9"),
+        ({"final_image_size": 3}, "use 2 or 4 in place of 3"),
+        ({"eval_sizes": [5]}, "use 4 or 6 in place of 5"),
+        ({"image_sizes": [4, 4]}, "image_sizes is [4, 4]; it must be one or more different sizes"),
+        ({"image_size_shares": [1.0]}, "image_size_shares is [1.0]; it must be a share for each of image_sizes, None"),
+        ({"image_sizes": [4], "image_size_shares": [0.0]}, "it must be a share for each of image_sizes, [4]"),
+        ({"image_sizes": [4], "streaming": True}, "it goes with neither image_sizes nor final_image_size"),
         ({"anneal_fraction": 1.5}, "anneal_fraction is 1.5; it must be between 0 and 1"),
         ({"horizon": 0}, "horizon is 0"),
         ({"input_noise": -0.1}, "input_noise is -0.1"),

@@ -110,7 +110,7 @@ class DistillSettings(RunSettings):
     )
     batch_size: int = setting(
         64,
-        help="images per optimizer step, of all processes together",
+        help="images per optimizer step, of all processes together; at other image_sizes, for as many tokens",
         group="training",
         unit="images",
         above=0,
@@ -120,6 +120,28 @@ class DistillSettings(RunSettings):
         False,
         help="train on random crops of at least a quarter of the image, mirrored or not, the same for both models",
         group="training",
+    )
+    image_sizes: list[int] | None = setting(
+        None,
+        help="shorter sides of the training images, one of them drawn for each step; none takes the image processor's",
+        group="training",
+        unit="pixels",
+        above=0,
+        at_most=16_384,
+    )
+    image_size_shares: list[float] | None = setting(
+        None, help="share of the steps that each of image_sizes gets; none gives all the same", group="training"
+    )
+    final_image_size: int | None = setting(
+        None,
+        help="shorter side of the training images in the last steps; none for no such steps",
+        group="training",
+        unit="pixels",
+        above=0,
+        at_most=16_384,
+    )
+    final_share: float = setting(
+        0.1, help="share of the last stage's steps that final_image_size gets", group="training", above=0, at_most=1
     )
     optimizer: OptimizerName = setting(
         "adamw", help="muon is for the blocks' matrices, with AdamW for all others; no FSDP", group="training"
@@ -228,6 +250,15 @@ class DistillSettings(RunSettings):
     eval_images: int | None = setting(
         None, help="test images of an evaluation; none takes all", group="run", unit="images", above=0
     )
+    eval_sizes: list[int] | None = setting(
+        None,
+        help="further shorter sides of test images, of which up to 128 are measured at the end; none takes twice the "
+        "image processor's and those of the training",
+        group="run",
+        unit="pixels",
+        above=0,
+        at_most=16_384,
+    )
     eval_every: int = setting(
         0, help="steps between evaluations; 0 evaluates at the end only", group="run", unit="steps", at_least=0
     )
@@ -260,6 +291,7 @@ class DistillSettings(RunSettings):
         for name in ("stage1_steps", "stage2_steps"):
             if 0 < getattr(self, name) <= self.warmup_steps:
                 raise ValueError(f"warmup_steps is {self.warmup_steps}; it must be below {name}, {getattr(self, name)}")
+        self._check_image_sizes()
         if self.augment and self.trajectory_cache_gb:
             raise ValueError(
                 f"trajectory_cache_gb is {self.trajectory_cache_gb}; it must be 0 with augment, as no crop comes again"
@@ -285,4 +317,17 @@ class DistillSettings(RunSettings):
         if self.horizon is not None:
             raise ValueError(
                 f"horizon is {self.horizon}; elastic needs none, for its steps run through the whole depth"
+            )
+
+    def _check_image_sizes(self) -> None:
+        shares, sizes = self.image_size_shares, self.image_sizes
+        if sizes is not None and len(set(sizes)) < max(1, len(sizes)):
+            raise ValueError(f"image_sizes is {sizes}; it must be one or more different sizes")
+        if shares is not None and not (
+            sizes is not None and len(shares) == len(sizes) and min(shares) >= 0 and 0 < sum(shares) < math.inf
+        ):
+            raise ValueError(f"image_size_shares is {shares}; it must be a share for each of image_sizes, {sizes}")
+        if self.streaming and (sizes or self.final_image_size):
+            raise ValueError(
+                "streaming reads images of one size; it goes with neither image_sizes nor final_image_size"
             )
