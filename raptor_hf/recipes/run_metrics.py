@@ -118,10 +118,8 @@ class Fidelity(Record):
     by_steps: dict[str, StepsFidelity] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name != "by_steps" or value}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if value is not None or name != "num_images"}
+        optional = ("num_images", "by_steps")
+        return {name: value for name, value in super().to_dict().items() if name not in optional or value}
 
 
 @dataclass(kw_only=True)
