@@ -16,6 +16,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_raptor import RaptorConfig
+from .elastic import calibrate_exit, depth_for
 from .image_processing_raptor import RaptorImageProcessor
 from .modeling_raptor import (
     RaptorBackbone,
@@ -47,4 +48,6 @@ __all__ = [
     "RaptorImageProcessor",
     "RaptorModel",
     "RaptorPreTrainedModel",
+    "calibrate_exit",
+    "depth_for",
 ]

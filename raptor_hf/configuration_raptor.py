@@ -385,6 +385,21 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             steps[sizes.index(max(sizes))] += 1
         return tuple(steps)
 
+    def exit_threshold(self, criterion: str, given: float | None = None) -> float:
+        """
+        The threshold of a criterion of early exit: the one that is given, or that of `exit_thresholds`.
+
+        Raises:
+            ValueError: neither is there.
+        """
+        threshold = (self.exit_thresholds or {}).get(criterion) if given is None else given
+        if threshold is None and criterion in EXIT_CRITERIA:
+            raise ValueError(
+                f"exit_threshold is None, and exit_thresholds in the configuration has none for {criterion!r}; give "
+                "one, or have raptor_hf.calibrate_exit find it."
+            )
+        return threshold
+
     def for_segmentation(self) -> "RaptorConfig":
         """
         A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, the

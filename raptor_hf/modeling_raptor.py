@@ -34,7 +34,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_raptor import RaptorConfig, as_pair
+from .configuration_raptor import EXIT_CRITERIA, RaptorConfig, as_pair
 
 # arguments of a call that are no inputs: of attention kernels, and which outputs to return
 KNOWN_ARGUMENTS = {*TransformersKwargs.__annotations__, "return_dict"}
@@ -50,9 +50,11 @@ class OutputOverDepth:
 
     Args:
         depths: with `hidden_states`, the depth that each of them stands for, in layers 0..L, (steps + 1,).
+        num_steps: with `exit_criterion`, the steps that each image took, (B,).
     """
 
     depths: torch.FloatTensor | None = None
+    num_steps: torch.LongTensor | None = None
 
 
 @dataclass
@@ -681,6 +683,69 @@ class RaptorBlock(GradientCheckpointingLayer):
         )
 
 
+class ExitRule:
+    """When an image needs no further step, by what its last steps did to its tokens, (B, T, D).
+
+    `"step_size"`: the norm of what a step adds, per layer, over the norm of the tokens. `"second_difference"`: the same
+    of the difference to what the step before added; twice in a row. `"head_margin"`: how far the probability of the
+    head's first class is above that of its second.
+
+    Args:
+        criterion: one of `EXIT_CRITERIA`.
+        threshold: what the first two must be at most, and the margin at least; `None` only measures.
+        classify: the head, tokens before the final norm to logits, (B, labels); for `"head_margin"`.
+
+    Raises:
+        ValueError: an unknown criterion, a threshold below 0, or a margin without a head of two classes.
+    """
+
+    def __init__(
+        self,
+        criterion: str,
+        threshold: float | None = None,
+        classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        if criterion not in EXIT_CRITERIA:
+            raise ValueError(f"exit_criterion is {criterion!r}; it must be one of {', '.join(EXIT_CRITERIA)}.")
+        if threshold is not None and not 0 <= threshold < math.inf:
+            raise ValueError(f"exit_threshold is {threshold}; it must be at least 0 and finite.")
+        if criterion == "head_margin" and classify is None:
+            raise ValueError(
+                "exit_criterion is 'head_margin'; it needs a classifier, as RaptorForImageClassification has: "
+                f"use {EXIT_CRITERIA[0]!r} or {EXIT_CRITERIA[1]!r}."
+            )
+        self.criterion, self.threshold, self.classify = criterion, threshold, classify
+        self.velocity: torch.Tensor | None = None
+        self.was_calm: torch.Tensor | None = None
+
+    def measure(self, before: torch.Tensor, after: torch.Tensor, size: float) -> torch.Tensor:
+        """What is compared with the threshold after a step over `size` layers, (B,); infinite where not known yet."""
+        if self.criterion == "head_margin":
+            first, second = self.classify(after).float().softmax(dim=-1).topk(2).values.unbind(dim=-1)
+            return first - second
+        velocity = (after.float() - before.float()) / size
+        change = velocity
+        if self.criterion == "second_difference":
+            change = torch.full_like(velocity, math.inf) if self.velocity is None else velocity - self.velocity
+            self.velocity = velocity
+        return change.flatten(1).norm(dim=1) / after.float().flatten(1).norm(dim=1)
+
+    def is_settled(self, measured: torch.Tensor) -> torch.Tensor:
+        """Which images need no further step, (B,), by what was measured after this one."""
+        is_calm = measured >= self.threshold if self.criterion == "head_margin" else measured <= self.threshold
+        if self.criterion != "second_difference":
+            return is_calm
+        settled = torch.zeros_like(is_calm) if self.was_calm is None else is_calm & self.was_calm
+        self.was_calm = is_calm
+        return settled
+
+    def keep(self, images: torch.Tensor) -> None:
+        """Forgets all but these images of the batch."""
+        self.velocity, self.was_calm = (
+            None if value is None else value[images] for value in (self.velocity, self.was_calm)
+        )
+
+
 class RaptorPreTrainedModel(PreTrainedModel):
     """Initialisation, loading and saving of all Raptor models."""
 
@@ -899,10 +964,14 @@ class RaptorEncoder(RaptorPreTrainedModel):
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
         image_size: tuple[int, int] | None = None,
+        exit_criterion: str | None = None,
+        exit_threshold: float | None = None,
+        classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RaptorEncoderOutput:
         """
-        `forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`; adds `depths`.
+        `forward` with the plan of `RaptorConfig.step_plan(num_steps, block_repeats)`; adds `depths`. With
+        `exit_criterion` each image takes as many steps of it as the [`ExitRule`] asks for.
 
         Raises:
             TypeError: an argument that no model of this family has, such as `bool_masked_pos`.
@@ -917,6 +986,14 @@ class RaptorEncoder(RaptorPreTrainedModel):
         kwargs["return_dict"] = True
         own_plan = num_steps is None and block_repeats is None
         plan = self.plan if own_plan else self.config.step_plan(num_steps, block_repeats)
+        if exit_criterion is not None:
+            rule = ExitRule(exit_criterion, self.config.exit_threshold(exit_criterion, exit_threshold), classify)
+            return self._run_until_settled(hidden_states, plan, rule, image_size, **kwargs)
+        if exit_threshold is not None:
+            raise ValueError(
+                f"exit_threshold is {exit_threshold}, but exit_criterion is None; it must be one of "
+                f"{', '.join(EXIT_CRITERIA)}."
+            )
         selected = kwargs.get("output_hidden_states")
         if not (selected is None or isinstance(selected, bool)):
             # transformers resolves indices with config.num_hidden_layers, which may not be the number of steps, and its
@@ -930,6 +1007,53 @@ class RaptorEncoder(RaptorPreTrainedModel):
             indices = {range(len(states))[i] for i in ([selected] if isinstance(selected, int) else selected)}
             output.hidden_states = tuple(state if i in indices else None for i, state in enumerate(states))
         return output
+
+    def _run_until_settled(
+        self,
+        hidden_states: torch.Tensor,
+        plan: tuple[tuple[int, float], ...],
+        rule: ExitRule,
+        image_size: tuple[int, int] | None,
+        **kwargs: Any,
+    ) -> RaptorEncoderOutput:
+        """The steps of a plan; images that have settled leave the batch, so that the others cost less."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            raise ValueError(
+                f"exit_criterion is {rule.criterion!r}, but the model is compiled or exported, where every image takes "
+                "the same steps: leave it out, and give num_steps for fewer."
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(name, None):
+                raise ValueError(
+                    f"{name} is True, but exit_criterion is {rule.criterion!r}, with which images differ in their "
+                    "number of states: leave out one of them."
+                )
+        kwargs.pop("return_dict", None)
+        images = torch.arange(len(hidden_states), device=hidden_states.device)
+        left: list[tuple[torch.Tensor, torch.Tensor]] = []
+        counts: list[torch.Tensor] = []
+        reached = 0.0
+        modulations, positions = self.modulations(plan, hidden_states.device), self.positions(hidden_states, image_size)
+        for step, ((block, depth), modulation) in enumerate(zip(plan, modulations, strict=True), start=1):
+            before = hidden_states
+            hidden_states, _ = self.blocks[block](hidden_states, *modulation, positions=positions, step=step, **kwargs)
+            # a step past the depth, on which the last block goes on, counts as a layer
+            size, reached = depth - reached or 1.0, depth
+            if step == len(plan):
+                settled = torch.ones_like(images, dtype=torch.bool)
+            else:
+                settled = rule.is_settled(rule.measure(before, hidden_states, size))
+            if not settled.any():
+                continue
+            left.append((images[settled], hidden_states[settled]))
+            counts.append(torch.full_like(images[settled], step))
+            images, hidden_states = images[~settled], hidden_states[~settled]
+            rule.keep(~settled)
+            if len(images) == 0:
+                break
+        numbers, states = map(torch.cat, zip(*left, strict=True))
+        order = numbers.argsort()
+        return RaptorEncoderOutput(last_hidden_state=states[order], num_steps=torch.cat(counts)[order])
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -970,6 +1094,8 @@ class RaptorModel(RaptorPreTrainedModel):
         pixel_values: torch.Tensor,
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
+        exit_criterion: str | None = None,
+        exit_threshold: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RaptorModelOutput:
         r"""
@@ -981,15 +1107,28 @@ class RaptorModel(RaptorPreTrainedModel):
                 held at L. With `config.step_scaling`: steps through the whole depth, at another pace.
             block_repeats (`tuple[int, ...]`, *optional*):
                 Other step counts for the same blocks, their depth indices spread evenly over each phase.
+            exit_criterion (`str`, *optional*):
+                Stop each image where it has settled, by `"step_size"`, `"second_difference"` or, with a classifier,
+                `"head_margin"`; see [`ExitRule`]. Images that have finished leave the batch. Not in compiled or
+                exported models.
+            exit_threshold (`float`, *optional*):
+                Of the criterion; defaults to the one in `config.exit_thresholds`, where
+                `raptor_hf.calibrate_exit` saves it.
 
         Returns:
             `RaptorModelOutput`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D) its cls
             token, or its mean patch where there is none; on request `hidden_states`, one more than there are steps,
             before the final norm, with `depths`, the layer that each of them stands for, and `attentions`, one per
-            step.
+            step; with `exit_criterion` `num_steps`, (B,), the steps of each image.
         """
         encoded = self.encoder.run(
-            self.embeddings(pixel_values), num_steps, block_repeats, pixel_values.shape[2:], **kwargs
+            self.embeddings(pixel_values),
+            num_steps,
+            block_repeats,
+            pixel_values.shape[2:],
+            exit_criterion=exit_criterion,
+            exit_threshold=exit_threshold,
+            **kwargs,
         )
         tokens = self.layernorm(encoded.last_hidden_state)
         return RaptorModelOutput(
@@ -998,6 +1137,7 @@ class RaptorModel(RaptorPreTrainedModel):
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             depths=encoded.depths,
+            num_steps=encoded.num_steps,
         )
 
 
@@ -1086,6 +1226,8 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         labels: torch.Tensor | None = None,
         num_steps: int | None = None,
         block_repeats: tuple[int, ...] | None = None,
+        exit_criterion: str | None = None,
+        exit_threshold: float | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RaptorImageClassifierOutput:
         r"""
@@ -1096,12 +1238,21 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
                 Class indices; with them the output has a cross-entropy `loss` (mean squared error for one label).
             num_steps (`int`, *optional*): as in [`RaptorModel.forward`].
             block_repeats (`tuple[int, ...]`, *optional*): as in [`RaptorModel.forward`].
+            exit_criterion (`str`, *optional*): as in [`RaptorModel.forward`].
+            exit_threshold (`float`, *optional*): as in [`RaptorModel.forward`].
 
         Returns:
             `RaptorImageClassifierOutput`: `logits` (B, num_labels).
         """
         outputs = self.raptor(
-            pixel_values, num_steps=num_steps, block_repeats=block_repeats, return_dict=True, **kwargs
+            pixel_values,
+            num_steps=num_steps,
+            block_repeats=block_repeats,
+            exit_criterion=exit_criterion,
+            exit_threshold=exit_threshold,
+            classify=self.classify if exit_criterion is not None and self.num_labels > 1 else None,
+            return_dict=True,
+            **kwargs,
         )
         head = self.predict(self.features(outputs.last_hidden_state), labels=labels, **kwargs)
         return RaptorImageClassifierOutput(
@@ -1110,6 +1261,7 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             depths=outputs.depths,
+            num_steps=outputs.num_steps,
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -1119,6 +1271,10 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         """
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return torch.cat((tokens[:, 0], mean), dim=1) if self.config.has_cls else mean
+
+    def classify(self, state: torch.Tensor) -> torch.Tensor:
+        """Logits, (B, num_labels), of tokens after any step, (B, T, D), before the final LayerNorm."""
+        return self.classifier(self.features(self.raptor.layernorm(state)))
 
     def predict(
         self,
@@ -1176,6 +1332,7 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             depths=outputs.depths,
+            num_steps=outputs.num_steps,
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -1246,6 +1403,7 @@ class RaptorForDepthEstimation(RaptorPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             depths=outputs.depths,
+            num_steps=outputs.num_steps,
         )
 
     def features(self, tokens: torch.Tensor) -> torch.Tensor:

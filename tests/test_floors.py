@@ -21,7 +21,14 @@ FLOORS = (
         "raptor_hf.accumulators",
         "raptor_hf.families",
     ),
-    ("raptor_hf", "raptor_hf.teacher", "raptor_hf.steps", "raptor_hf.similarity", "raptor_hf.metrics"),
+    (
+        "raptor_hf",
+        "raptor_hf.teacher",
+        "raptor_hf.elastic",
+        "raptor_hf.steps",
+        "raptor_hf.similarity",
+        "raptor_hf.metrics",
+    ),
     ("raptor_hf.phases", "raptor_hf.conversion", "raptor_hf.research_checkpoints", "raptor_hf.evaluate_modules"),
     (
         "raptor_hf.data",

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from raptor_hf import RaptorBackbone, RaptorForImageClassification, RaptorModel
+from raptor_hf.configuration_raptor import EXIT_CRITERIA
 from raptor_hf.conversion import to_dinov2
 from tests.support.minimal_student import reference_step, step_weights
 from tests.support.tiny_raptors import ALL_CLASSES, HEADS, KINDS, tiny_config, tiny_images, tiny_labels, tiny_model
@@ -203,3 +204,106 @@ def test_unrolled_at_another_pace_it_is_plain_dinov2(conditioning, shifts):
         with torch.no_grad():
             expected = model(images, num_steps=num_steps).last_hidden_state
             torch.testing.assert_close(plain(images).last_hidden_state, expected, rtol=1e-7, atol=1e-7)
+
+
+def measured_by_hand(model, states: list[torch.Tensor], ends: list[float], criterion: str) -> list[torch.Tensor]:
+    """What every step of one image did, written out token by token."""
+    values, speeds = [], []
+    for before, after, start, end in zip(states, states[1:], ends, ends[1:], strict=False):
+        speeds.append((after - before).flatten() / (end - start))
+        size = after.flatten().square().sum().sqrt()
+        if criterion == "step_size":
+            values.append(speeds[-1].square().sum().sqrt() / size)
+        elif criterion == "second_difference":
+            bend = (speeds[-1] - speeds[-2]).square().sum().sqrt() / size if len(speeds) > 1 else torch.tensor(9e9)
+            values.append(bend)
+        else:
+            tokens = model.raptor.layernorm(after)
+            features = torch.cat((tokens[:, 0], tokens[:, 3:].mean(1)), 1)  # cls, and the patches after two registers
+            first, second = model.classifier(features).softmax(1)[0].sort(descending=True).values[:2]
+            values.append(first - second)
+    return values
+
+
+def steps_by_hand(values: list[torch.Tensor], criterion: str, threshold: float) -> int:
+    calm = [value >= threshold if criterion == "head_margin" else value <= threshold for value in values]
+    for step, is_calm in enumerate(calm, start=1):
+        if is_calm and (criterion != "second_difference" or (step > 1 and calm[step - 2])):
+            return step
+    return len(values)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_steps": 10}], ids=str)
+@pytest.mark.parametrize("criterion", EXIT_CRITERIA)
+def test_each_image_stops_where_it_has_settled_and_gives_what_it_gave_there(criterion, arguments):
+    model = elastic(RaptorForImageClassification, depth_conditioning="low_rank").double()
+    images = tiny_images(12).double()
+    with torch.no_grad():
+        rolled = model(images, **arguments, output_hidden_states=True)
+        states = [[state[index : index + 1] for state in rolled.hidden_states] for index in range(12)]
+        values = [measured_by_hand(model, own, rolled.depths.tolist(), criterion) for own in states]
+        # half of the images can stop as soon as any can
+        first = [max(own[1:3]) if criterion == "second_difference" else own[0] for own in values]
+        threshold = (sum(sorted(first)[5:7]) / 2).item()
+        output = model(images, **arguments, exit_criterion=criterion, exit_threshold=threshold)
+        for index, own in enumerate(states):
+            step = steps_by_hand(values[index], criterion, threshold)
+            assert output.num_steps[index] == step
+            torch.testing.assert_close(output.logits[index], model.classify(own[step])[0], rtol=1e-8, atol=1e-8)
+    assert len(output.num_steps.unique()) > 1  # else nothing was told apart
+
+
+def test_images_that_have_finished_leave_the_batch():
+    model = elastic(RaptorForImageClassification)
+    batches = []
+    for block in model.raptor.encoder.blocks:
+        block.register_forward_hook(lambda _, args, __: batches.append(len(args[0])))
+    with torch.no_grad():
+        steps = model(tiny_images(12), exit_criterion="head_margin", exit_threshold=0.2).num_steps
+    assert batches == [count for count in ((steps > done).sum().item() for done in range(6)) if count]
+    assert len(set(batches)) > 1
+
+
+def test_criterion_that_is_never_or_always_met_gives_all_steps_or_one():
+    model = elastic(RaptorForImageClassification)
+    with torch.no_grad():
+        never = model(tiny_images(), exit_criterion="step_size", exit_threshold=0)
+        always = model(tiny_images(), exit_criterion="head_margin", exit_threshold=0)
+        assert torch.equal(never.logits, model(tiny_images()).logits) and never.num_steps.tolist() == [6, 6]
+    assert always.num_steps.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("model_class", [RaptorModel, *HEADS])
+def test_every_head_stops_early(model_class):
+    model = tiny_model(model_class)  # no need to be elastic
+    with torch.no_grad():
+        output = model(tiny_images(5), exit_criterion="step_size", exit_threshold=0.4)
+        alone = model(tiny_images(5)[2:3], exit_criterion="step_size", exit_threshold=0.4)
+    assert output.num_steps.min() < 6 and alone.num_steps[0] == output.num_steps[2]
+    torch.testing.assert_close(alone[0][0], output[0][2])
+
+
+@pytest.mark.parametrize(
+    "model_class, arguments, message",
+    [
+        (RaptorModel, {"exit_criterion": "entropy"}, "exit_criterion is 'entropy'; it must be one of step_size"),
+        (RaptorModel, {"exit_criterion": "step_size"}, "exit_thresholds in the configuration has none for 'step_size'"),
+        (RaptorModel, {"exit_threshold": 0.1}, "exit_threshold is 0.1, but exit_criterion is None"),
+        (RaptorModel, {"exit_criterion": "step_size", "exit_threshold": -1}, "exit_threshold is -1"),
+        (RaptorModel, {"exit_criterion": "head_margin", "exit_threshold": 0.5}, "it needs a classifier"),
+        (RaptorBackbone, {"exit_criterion": "step_size", "exit_threshold": 0.5}, "differ in their number of states"),
+    ],
+)
+def test_early_exit_that_cannot_work_is_refused(model_class, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(model_class)(tiny_images(), **arguments)
+
+
+def test_early_exit_is_refused_where_all_images_take_the_same_steps():
+    model = tiny_model(RaptorModel)
+    arguments = {"exit_criterion": "step_size", "exit_threshold": 0.5}
+    with pytest.raises(Exception, match="the model is compiled or exported"):
+        torch.compile(model, fullgraph=True, backend="eager")(tiny_images(), **arguments)
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="the model is compiled or exported"):
+        torch.export.export(model, (), {"pixel_values": tiny_images(), **arguments}, strict=False)
