@@ -15,6 +15,7 @@ if __name__ == "__main__":
     parse_settings(DistillSettings)
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -42,6 +43,7 @@ from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 from raptor_hf.phases import Partition
+from raptor_hf.recipes.averaging import averaged_weights, update_average
 from raptor_hf.recipes.files import as_plain, write_json
 from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_model
 from raptor_hf.recipes.loop import (
@@ -119,6 +121,8 @@ def main() -> None:
             settings.loss,
             teacher.tokens,
             variance.sqrt().to(accelerator.device) if variance is not None else None,
+            {"cosine": settings.cosine_weight, "normed_mse": settings.normed_mse_weight},
+            copy.deepcopy(student.base_model.layernorm).to(accelerator.device),
         ),
         stage1_weights=(settings.stage1_weights or [0.34, 0.33, 0.33]) if settings.cls_weighting else None,
         stage2_weights=(settings.stage2_weights or [0.45, 0.10, 0.45]) if settings.cls_weighting else None,
@@ -148,9 +152,10 @@ def main() -> None:
     accelerator.wait_for_everyone()
 
     # the trained weights are on the disk before the evaluation begins
-    weights = whole_weights(task)
-    if accelerator.is_main_process:
-        save_student(run, weights)
+    with averaged_weights(optimizer):
+        weights = whole_weights(task)  # on a CPU no copies
+        if accelerator.is_main_process:
+            save_student(run, weights)
     began = time.perf_counter()
     metrics = {"fidelity": run.evaluate(all_paces=True)}
     metrics["fidelity_by_size"] = {size: run.evaluate(further) for size, further in eval_processors.items()}
@@ -246,6 +251,8 @@ class Run:
             is_finite = is_step_finite(accelerator, losses["loss"], self.clip_gradients(stage))
             if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
+                if settings.ema_decay:
+                    update_average(self.optimizer, settings.ema_decay, step)
             self.optimizer.zero_grad()
             self.step = step + 1
             if self.forcing(step) == self.forcing(num_steps - 1):  # until then stage 1 has another loss at every step
@@ -275,7 +282,8 @@ class Run:
 
     def forcing(self, step: int) -> float:
         if self.settings.teacher_forcing == "anneal":
-            return teacher_forcing(step, self.settings.stage1_steps, self.settings.anneal_fraction)
+            weight = teacher_forcing(step, self.settings.stage1_steps, self.settings.anneal_fraction)
+            return max(weight, self.settings.teacher_forcing_floor)
         return 1.0 if self.settings.teacher_forcing == "only" else 0.0
 
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
@@ -381,7 +389,8 @@ class Run:
         to_classes = self.class_match if self.class_match.classes is not None else None
         elastic = settings.elastic if all_paces else None
         paces = sorted({*elastic, self.student.config.num_hidden_layers}) if elastic else ()
-        return evaluate_student(self.teacher, self.task, self.student, batches, accelerator, to_classes, paces)
+        with averaged_weights(self.optimizer):
+            return evaluate_student(self.teacher, self.task, self.student, batches, accelerator, to_classes, paces)
 
 
 def describe_run(run: Run, partition: Partition, seconds: dict[str, float], fidelity: dict[str, Any]) -> dict[str, Any]:

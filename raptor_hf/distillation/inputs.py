@@ -98,9 +98,10 @@ def class_match(teacher: Teacher, images: ImageSet) -> ClassMatch:
 
 
 def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
-    """Bytes that a run may take: checkpoints with weights and two moments, one being written, and the model."""
+    """Bytes that a run may take: checkpoints of weights, two moments and an average, one being written; the model."""
     blocks = (settings.num_blocks or len(settings.block_repeats)) / teacher.num_layers
-    return int(4 * teacher.num_parameters * (3 * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
+    copies = 4 if settings.ema_decay else 3
+    return int(4 * teacher.num_parameters * (copies * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
 
 
 def check_blocks(settings: DistillSettings, num_layers: int) -> None:

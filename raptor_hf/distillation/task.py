@@ -14,7 +14,8 @@ An elastic student takes batches of stage 2 at another pace, and is compared wit
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -85,22 +86,37 @@ class TrajectoryLoss:
     """The loss of one step: how far a state is from the teacher's.
 
     Args:
-        kind: "mse", or "frobenius": the norm of the error of each image, averaged over images.
+        kind: one of `LOSSES`: "mse"; "frobenius", the norm of the error of each image, averaged over images; "cosine",
+            1 - cos of student and teacher, averaged over tokens; "normed_mse", the mse after the final norm.
         tokens: which tokens are cls, registers, patches.
         layer_scale: (L + 1,), what the error of each layer is divided by: the teacher's standard deviation in that
-            layer for a normalised loss; `None` for none.
+            layer for a normalised loss; `None` for none. A normalised "normed_mse" is divided by the mean square of
+            the norm's gains instead, and "cosine" by nothing.
+        added: weights of further kinds, whose losses are added.
+        final_norm: of the teacher, frozen; for "normed_mse".
 
     Raises:
-        ValueError: unknown `kind`.
+        ValueError: unknown kind, or "normed_mse" without a norm.
     """
 
     kind: str = "mse"
     tokens: TokenLayout = TokenLayout()
     layer_scale: Tensor | None = None
+    added: Mapping[str, float] = field(default_factory=dict)
+    final_norm: nn.LayerNorm | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("mse", "frobenius"):
-            raise ValueError(f"kind is {self.kind!r}; it must be 'mse' or 'frobenius'.")
+        for kind in (self.kind, *self.added):
+            if kind not in LOSSES:
+                raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(LOSSES)}.")
+        if self.kinds.get("normed_mse") and self.final_norm is None:
+            raise ValueError("final_norm is None; it must be the teacher's final norm for the loss 'normed_mse'.")
+
+    @property
+    def kinds(self) -> dict[str, float]:
+        """Weight of every kind that counts."""
+        weights = {kind: weight for kind, weight in self.added.items() if weight}
+        return weights | {self.kind: 1.0 + weights.get(self.kind, 0.0)}
 
     def __call__(self, student: Tensor, teacher: Tensor, layer: int, weights: list[float] | None = None) -> Tensor:
         """
@@ -116,22 +132,53 @@ class TrajectoryLoss:
         """
         student, teacher = student.float(), teacher.float()
         sizes = self.tokens.sizes(student.shape[1])
-        distance = self._frobenius if self.kind == "frobenius" else nn.functional.mse_loss
+        return sum(
+            factor * self._of_kind(kind, student, teacher, layer, weights, sizes) for kind, factor in self.kinds.items()
+        )
+
+    def _of_kind(
+        self,
+        kind: str,
+        student: Tensor,
+        teacher: Tensor,
+        layer: int,
+        weights: list[float] | None,
+        sizes: tuple[int, int, int],
+    ) -> Tensor:
+        if kind == "normed_mse":
+            student, teacher = self.final_norm(student), self.final_norm(teacher)
+        distance = LOSSES[kind]
         if weights is None:
             loss = distance(student, teacher)
         else:
             # no difference of the states is kept for the gradient, only the states themselves, which are there anyway
             groups = zip(student.split(sizes, 1), teacher.split(sizes, 1), group_weights(weights, sizes), strict=True)
             loss = sum(weight * distance(own, target) for own, target, weight in groups if weight)
-        if self.layer_scale is None:
+        if self.layer_scale is None or kind == "cosine":
             return loss
+        if kind == "normed_mse":
+            return loss / self.final_norm.weight.square().mean()
         scale = self.layer_scale[layer]
-        return loss / (scale if self.kind == "frobenius" else scale.square())
+        return loss / (scale if kind == "frobenius" else scale.square())
 
-    @staticmethod
-    def _frobenius(student: Tensor, teacher: Tensor) -> Tensor:
-        """Norm of the difference of each image, averaged over images."""
-        return (student - teacher).flatten(1).norm(dim=1).mean()
+
+def _frobenius(student: Tensor, teacher: Tensor) -> Tensor:
+    """Norm of the difference of each image, averaged over images."""
+    return (student - teacher).flatten(1).norm(dim=1).mean()
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - cosine of each token, averaged."""
+    return 1 - nn.functional.cosine_similarity(student, teacher, dim=-1).mean()
+
+
+# distances of states of (B, T, D), by name
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": nn.functional.mse_loss,
+    "frobenius": _frobenius,
+    "cosine": _cosine,
+    "normed_mse": nn.functional.mse_loss,
+}
 
 
 def runs(layers: tuple[int, ...]) -> list[tuple[int, ...]]:

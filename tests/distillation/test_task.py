@@ -332,8 +332,59 @@ def test_option_out_of_range_is_named(options, message):
 
 
 def test_unknown_loss_is_named():
-    with pytest.raises(ValueError, match="kind is 'cosine'; it must be 'mse' or 'frobenius'"):
-        TrajectoryLoss("cosine")
+    with pytest.raises(ValueError, match="kind is 'cka'; it must be one of mse, frobenius, cosine, normed_mse"):
+        TrajectoryLoss("cka")
+    with pytest.raises(ValueError, match="final_norm is None; it must be the teacher's final norm"):
+        TrajectoryLoss("mse", added={"normed_mse": 0.5})
+
+
+@pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
+def test_losses_beside_the_mse_are_their_equations_token_by_token(normalized):
+    student, teacher = make_states(seed=1)[:, 3], make_states(seed=2)[:, 3]
+    norm = randomize(torch.nn.LayerNorm(DIM)).requires_grad_(False)
+    scale = torch.linspace(0.5, 3, LAYERS + 1) if normalized else None
+    gain, shift = norm.weight.double().numpy(), norm.bias.double().numpy()
+
+    def normed(token):
+        return (token - token.mean()) / np.sqrt(token.var() + norm.eps) * gain + shift
+
+    def cosine(own, target):
+        return 1 - own @ target / np.sqrt((own @ own) * (target @ target))
+
+    def normed_mse(own, target):
+        return np.mean((normed(own) - normed(target)) ** 2) / (np.mean(gain**2) if normalized else 1)
+
+    def mse(own, target):
+        return np.mean((own - target) ** 2) / (scale[3].item() ** 2 if normalized else 1)
+
+    def weighted(distance):
+        """By group, the mean over its tokens."""
+        groups = [[0], [1, 2], [3, 4, 5, 6]]
+        rows = zip(student.double().numpy(), teacher.double().numpy(), strict=True)
+        values = np.array([[distance(*pair) for pair in zip(*row, strict=True)] for row in rows])  # (B, T)
+        return sum(weight * values[:, group].mean() for weight, group in zip(STAGE2, groups, strict=True))
+
+    expected = {name: weighted(distance) for name, distance in (("cosine", cosine), ("normed_mse", normed_mse))}
+    for name, value in expected.items():
+        loss = TrajectoryLoss(name, TokenLayout(2), scale, final_norm=norm)
+        assert loss(student, teacher, 3, STAGE2).item() == pytest.approx(value, rel=1e-5)
+    mixture = TrajectoryLoss("mse", TokenLayout(2), scale, {"cosine": 0.7, "normed_mse": 0.2}, norm)
+    found = mixture(student, teacher, 3, STAGE2).item()
+    assert found == pytest.approx(weighted(mse) + 0.7 * expected["cosine"] + 0.2 * expected["normed_mse"], rel=1e-5)
+    for kind in ("mse", "frobenius"):  # further kinds of no weight are none
+        plain, none = TrajectoryLoss(kind, TokenLayout(2), scale), {"cosine": 0.0, "normed_mse": 0.0}
+        assert torch.equal(
+            TrajectoryLoss(kind, TokenLayout(2), scale, none)(student, teacher, 3, STAGE2),
+            plain(student, teacher, 3, STAGE2),
+        )
+
+
+def test_cosine_does_not_see_the_length_and_normed_mse_not_the_scale_of_a_token():
+    states, norm = make_states()[:, 2], torch.nn.LayerNorm(DIM, eps=0).requires_grad_(False)
+    for kind, changed in (("cosine", 3 * states), ("normed_mse", 3 * states + 1)):
+        loss = TrajectoryLoss(kind, TokenLayout(2), final_norm=norm)
+        assert loss(changed, states, 2, STAGE2).item() == pytest.approx(0, abs=1e-6)
+        assert loss(states.flip(0), states, 2, STAGE2).item() > 0.1
 
 
 def record_inputs(student, run, **options) -> list[torch.Tensor]:

@@ -301,15 +301,22 @@ def test_macs_are_of_the_images_that_the_processor_gives(run, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"input_noise": 0.1, "eval_every": 5, "horizon": 3},
+        {"input_noise": 0.1, "eval_every": 5, "horizon": 3, "ema_decay": 0.9},
         {"streaming": True, "train_split": "train", "test_split": "test", "eval_images": 20, "optimizer": "muon"},
         {"trajectory_cache_gb": 1, "mixed_precision": "bf16"},
         {"image_sizes": [4, 8], "final_image_size": 16, "final_share": 0.4},
-        {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16}
+        {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16, "ema_decay": 0.5}
         | {"depth_conditioning": "low_rank", "branch_shifts": True},
         {"elastic": [2, 3, 6], "elastic_targets": "nearest", "depth_conditioning": "low_rank"},
     ],
-    ids=["random access", "stream, Muon", "cached trajectories", "sizes", "augmented, fitted, Muon", "elastic"],
+    ids=[
+        "random access, average",
+        "stream, Muon",
+        "cached trajectories",
+        "sizes",
+        "augmented, fitted, Muon",
+        "elastic",
+    ],
 )
 def test_run_interrupted_again_and_again_ends_in_the_same_bits(run, monkeypatch, changes):
     whole = run("whole", **changes)
@@ -424,7 +431,13 @@ def test_settings_of_the_loss_reach_it(run, teacher, monkeypatch):
     run("published", **short)
     run("ours", **short, stage2_weights=[0.2, 0.3, 0.5], horizon=2, input_noise=0.1, loss="frobenius")
     run("plain", **short, cls_weighting=False, normalize_loss=True)
-    published, ours, plain = tasks
+    run("mixture", **short, cosine_weight=0.5, normed_mse_weight=0.25, normalize_loss=True)
+    published, ours, plain, mixture = tasks
+    assert mixture.loss.kinds == {"mse": 1.0, "cosine": 0.5, "normed_mse": 0.25} and published.loss.kinds == {
+        "mse": 1.0
+    }
+    norm = AutoModelForImageClassification.from_pretrained(teacher).base_model.layernorm
+    assert same(dict(mixture.loss.final_norm.state_dict()), dict(norm.state_dict()))
     assert (published.stage1_weights, published.stage2_weights) == ([0.34, 0.33, 0.33], [0.45, 0.10, 0.45])
     assert (published.horizon, published.input_noise, published.loss.kind) == (None, 0.0, "mse")
     assert published.loss.layer_scale is None and published.loss.tokens.num_registers == 2
@@ -558,6 +571,32 @@ def test_elastic_student_is_measured_at_every_pace_that_it_learned(run, monkeypa
     assert RaptorConfig.from_pretrained(folder).step_scaling
 
 
+def test_the_averaged_weights_are_evaluated_and_saved(run, monkeypatch):
+    kept, update = [], distill.update_average
+
+    def spy(optimizer, decay, step):
+        update(optimizer, decay, step)
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        kept.append([parameter.detach().clone() for parameter in parameters])
+
+    monkeypatch.setattr(distill, "update_average", spy)
+    last, folder = run("last"), run("averaged", ema_decay=0.6)
+    assert len(kept) == 12
+    # of stage 2 alone; its first decays are (1 + step) / (10 + step)
+    expected = kept[6]
+    for step in range(1, 6):
+        decay = min(0.6, (1 + step) / (10 + step))
+        expected = [decay * old + (1 - decay) * new for old, new in zip(expected, kept[6 + step], strict=True)]
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    saved = {name: value for name, value in model.named_parameters() if ".encoder." in name}  # in the optimizer's order
+    for (name, value), average in zip(saved.items(), expected, strict=True):
+        torch.testing.assert_close(value.data, average)
+        assert not torch.equal(weights(last)[name], value)
+    assert metrics(last)["fidelity"]["r2"] != metrics(folder)["fidelity"]["r2"]
+    # training itself is the same
+    assert losses(last) == losses(folder)
+
+
 def test_a_run_whose_loss_stays_above_its_start_stops(run):
     with pytest.raises(DivergedError, match="has been above .* for 4 steps: lower learning_rate"):
         run(learning_rate=0.1, init="middle", stage1_steps=0, stage2_steps=30, max_rising_steps=4)
@@ -568,6 +607,8 @@ def test_teacher_forcing_is_annealed_by_default_or_all_or_nothing(run, batches):
         run(kind, teacher_forcing=kind, anneal_fraction=2 / 3, stage2_steps=0)
         assert [forcing for _, forcing in batches] == pytest.approx(expected)
         batches.clear()
+    run("floor", teacher_forcing_floor=0.4, anneal_fraction=2 / 3, stage2_steps=0)
+    assert [forcing for _, forcing in batches] == pytest.approx([1.0, 0.75, 0.5, 0.4, 0.4, 0.4])
 
 
 def test_training_leaves_everything_but_the_blocks_as_the_teacher_has_it(run, teacher):

@@ -162,6 +162,13 @@ class DistillSettings(RunSettings):
         unit="steps",
         at_least=0,
     )
+    ema_decay: float = setting(
+        0.0,
+        help="decay in each step of a running average of the weights, which is evaluated and saved; 0 for the weights",
+        group="training",
+        at_least=0,
+        below=1,
+    )
     weight_decay: float = setting(1e-4, help="weight decay, decoupled", group="training", at_least=0)
     max_grad_norm: float = setting(1.0, help="norm that gradients are clipped to", group="training", above=0)
     teacher_forcing: Literal["anneal", "only", "none"] = setting(
@@ -172,7 +179,27 @@ class DistillSettings(RunSettings):
     anneal_fraction: float = setting(
         0.25, help="part of stage 1 after which no teacher state is used, with anneal", group="training"
     )
-    loss: Literal["mse", "frobenius"] = setting("mse", help="distance of student and teacher states", group="training")
+    teacher_forcing_floor: float = setting(
+        0.0,
+        help="weight of teacher forcing that anneal goes down to",
+        group="training",
+        at_least=0,
+        at_most=1,
+    )
+    loss: Literal["mse", "frobenius", "cosine", "normed_mse"] = setting(
+        "mse",
+        help="distance of student and teacher states; normed_mse is that after the teacher's final norm",
+        group="training",
+    )
+    cosine_weight: float = setting(
+        0.0, help="weight of 1 - cosine of the tokens, added to the loss", group="training", at_least=0
+    )
+    normed_mse_weight: float = setting(
+        0.0,
+        help="weight of the mse after the teacher's final norm, added to the loss",
+        group="training",
+        at_least=0,
+    )
     normalize_loss: bool = setting(
         False, help="divide the loss of each layer by the variance of the teacher's states there", group="training"
     )
