@@ -38,7 +38,7 @@ from raptor_hf.distillation.partition import check_phases, check_trained_blocks,
 from raptor_hf.distillation.start import fit_student
 from raptor_hf.distillation.student import block_parameters, make_student
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss, draw_num_steps, teacher_forcing
-from raptor_hf.distillation.trajectory_cache import TrajectoryCache
+from raptor_hf.distillation.trajectory_cache import cached_trajectory
 from raptor_hf.hub.heads import backbone_fingerprint
 from raptor_hf.hub.publication import write_card
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
@@ -188,10 +188,8 @@ class Run:
         self.fit_seconds = fit_seconds
         self.session, self.settings, self.accelerator = session, session.settings, session.accelerator
         self.teacher, self.task, self.optimizer = teacher, task, optimizer
-        self.trajectory = teacher.trajectory
-        if budget := self.settings.trajectory_cache_gb:
-            dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else teacher.model.dtype
-            self.trajectory = TrajectoryCache(teacher.trajectory, budget * 1e9, dtype)
+        fingerprint = session.identity["fingerprints"]["teacher"]
+        self.trajectory = cached_trajectory(teacher, self.settings, self.accelerator, fingerprint)
         self.test_images, self.processor, self.sized = test_images, processor, sized
         self.stage, self.step = 1, 0
         self.log: IntervalLog | None = None

@@ -1,13 +1,27 @@
-"""A teacher's trajectories kept in memory, for images that training sees again unchanged."""
+"""A teacher's trajectories kept for images that training sees again unchanged, in memory or in files that runs share.
+
+trajectory = TrajectoryCache(teacher.trajectory, 4e9, torch.bfloat16)
+trajectory(pixel_values)                           # as teacher.trajectory(pixel_values), but in bfloat16
+"""
 
 import hashlib
 import logging
+import uuid
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from raptor_settings.distill import DistillSettings
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..teacher import Teacher
+
 logger = logging.getLogger(__name__)
+
+Trajectory = Callable[[Tensor], Tensor]
 
 
 class TrajectoryCache:
@@ -19,13 +33,27 @@ class TrajectoryCache:
         trajectory: of the teacher: pixel values, (B, C, H, W), to states, (B, L + 1, T, D).
         max_bytes: that the kept states may take; what does not fit is computed anew each time.
         dtype: that states are kept in, and given in whether they were kept or not.
+        folder: where states are kept, for later runs as well, instead of in memory: files that are mapped into it, one
+            for the new images of a batch. It may have states already, and several writers; it must be of this teacher.
+
+    Raises:
+        ValueError: a file in the folder is damaged.
     """
 
-    def __init__(self, trajectory: Callable[[Tensor], Tensor], max_bytes: float, dtype: torch.dtype) -> None:
-        self.trajectory, self.max_bytes, self.dtype = trajectory, max_bytes, dtype
-        self.num_bytes = 0
-        self._kept: dict[bytes, Tensor] = {}
+    def __init__(
+        self, trajectory: Trajectory, max_bytes: float, dtype: torch.dtype, folder: Path | None = None
+    ) -> None:
+        self.trajectory, self.max_bytes, self.dtype, self.folder = trajectory, max_bytes, dtype, folder
+        self._kept: dict[str, Tensor] = {}
         self._is_full = False
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.glob("*.safetensors")):
+                try:
+                    self._kept |= load_file(path)
+                except SafetensorError as error:
+                    raise ValueError(f"{path} is damaged ({error}); remove it") from error
+        self.num_bytes = sum(states.nbytes for states in self._kept.values())
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -38,26 +66,59 @@ class TrajectoryCache:
         Returns:
             States before the final norm, (B, L + 1, T, D), in `dtype`, on the same device.
         """
-        keys = [hashlib.sha256(image.contiguous().numpy()).digest() for image in pixel_values.cpu()]
+        keys = [hashlib.sha256(image.contiguous().numpy()).hexdigest() for image in pixel_values.cpu()]
         missing = [index for index, key in enumerate(keys) if key not in self._kept]
-        found: dict[bytes, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if missing:
             computed = self.trajectory(pixel_values[missing]).to(self.dtype)
             found = {keys[index]: states for index, states in zip(missing, computed, strict=True)}
         together = [found[key] if key in found else self._kept[key].to(pixel_values.device) for key in keys]
-        for key, states in found.items():
-            self._keep(key, states)
+        self._keep(found)
         # layer by layer in memory, as they are read
         return torch.stack(together, dim=1).transpose(0, 1)
 
-    def _keep(self, key: bytes, states: Tensor) -> None:
-        if self.num_bytes + states.nbytes <= self.max_bytes:
-            self._kept[key] = states.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            self.num_bytes += states.nbytes
-        elif not self._is_full:
+    def _keep(self, found: dict[str, Tensor]) -> None:
+        kept = {}
+        for key, states in found.items():
+            if self.num_bytes + states.nbytes <= self.max_bytes:
+                kept[key] = states.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                self.num_bytes += states.nbytes
+        if kept:
+            self._kept |= kept if self.folder is None else self._written(kept)
+        if len(kept) < len(found) and not self._is_full:
             self._is_full = True
             logger.info(
                 "the trajectory cache is full, with %d images in %.3g GB; the teacher runs on all others every time",
                 len(self),
                 self.num_bytes / 1e9,
             )
+
+    def _written(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same states, mapped from a new file, which no reader ever sees in part."""
+        path = self.folder / f"{uuid.uuid4().hex}.safetensors"
+        temporary = path.with_suffix(".writing")
+        save_file(states, temporary)
+        temporary.replace(path)
+        return load_file(path)
+
+
+def cached_trajectory(
+    teacher: Teacher, settings: DistillSettings, accelerator: Accelerator, fingerprint: str
+) -> Trajectory:
+    """The teacher's trajectories, through a cache if the settings ask for one.
+
+    Args:
+        teacher: on the device.
+        settings: of the run.
+        accelerator: whose arithmetic says how precisely states are kept.
+        fingerprint: of the teacher.
+    """
+    if not settings.trajectory_cache_gb:
+        return teacher.trajectory
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else teacher.model.dtype
+    folder = None
+    if settings.trajectory_cache_dir is not None:
+        layers = "-".join(map(str, teacher.layers)) if settings.target_layers else "all"
+        precision = f"{str(dtype).removeprefix('torch.')}-{accelerator.mixed_precision}"
+        folder = Path(settings.trajectory_cache_dir) / f"{fingerprint}-{precision}-{layers}"
+    return TrajectoryCache(teacher.trajectory, settings.trajectory_cache_gb * 1e9, dtype, folder)

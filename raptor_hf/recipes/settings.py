@@ -29,7 +29,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 RUN_ONLY = (
     *("output_dir", "override", "num_workers", "tracker", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("max_nonfinite_steps", "max_rising_steps", "max_decode_failures"),
-    *("cache_gb", "trajectory_cache_gb"),
+    *("cache_gb", "trajectory_cache_gb", "trajectory_cache_dir"),
     # of the evaluation: what was evaluated otherwise is evaluated again
     *("test_split", "eval_batch_size", "eval_images", "eval_sizes", "eval_every", "metric", "quick_checks", "knn_k"),
 )

@@ -1,11 +1,13 @@
 """The cache of trajectories, against the teacher itself."""
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
+from raptor_settings.distill import DistillSettings
 
-from raptor_hf.distillation.trajectory_cache import TrajectoryCache
+from raptor_hf.distillation.trajectory_cache import TrajectoryCache, cached_trajectory
 from raptor_hf.teacher import Teacher
 from tests.support.tiny_models import images, tiny_dinov2
 
@@ -57,6 +59,49 @@ def test_images_of_two_sizes_are_kept_side_by_side(teacher):
     for size in ((28, 28), (42, 42), (28, 28), (42, 42)):
         torch.testing.assert_close(cache(images(size)), teacher.trajectory(images(size)))
     assert len(cache) == 4
+
+
+def test_a_folder_gives_later_runs_what_earlier_ones_computed(teacher, tmp_path):
+    counted, pictures = Counted(teacher), images(batch=6)
+    first = TrajectoryCache(counted, 1e9, torch.bfloat16, tmp_path / "kept")
+    beside = TrajectoryCache(counted, 1e9, torch.bfloat16, tmp_path / "kept")
+    expected = first(pictures[:3])
+    assert torch.equal(first(pictures[:3]), expected) and counted.num_images == 3
+    beside(pictures[2:4])  # it was opened before there was anything
+    later = TrajectoryCache(counted, 1e9, torch.bfloat16, tmp_path / "kept")
+    assert len(later) == 4 and later.num_bytes == 4 * expected[0].nbytes
+    assert torch.equal(later(pictures[:3]), expected) and counted.num_images == 5
+    later(pictures)
+    assert counted.num_images == 7
+    each = expected[0].nbytes
+    assert len(TrajectoryCache(counted, 2 * each, torch.bfloat16, tmp_path / "kept")) == 6  # what is there is used
+    assert {path.suffix for path in (tmp_path / "kept").iterdir()} == {".safetensors"}
+
+
+def test_each_teacher_precision_and_choice_of_layers_has_a_folder_of_its_own(teacher, tmp_path):
+    shallow = Teacher(tiny_dinov2(), layers=(2, 4))
+    folders = set()
+    for model, target_layers in ((teacher, None), (shallow, [2, 4])):
+        for fingerprint in ("aaaa", "bbbb"):
+            for precision in ("no", "bf16"):
+                settings = DistillSettings(
+                    **{"teacher": "t", "dataset": "d", "output_dir": "o", "block_repeats": [2]},
+                    **{"target_layers": target_layers, "trajectory_cache_gb": 1.0},
+                    trajectory_cache_dir=str(tmp_path),
+                )
+                accelerator = SimpleNamespace(mixed_precision=precision)
+                cache = cached_trajectory(model, settings, accelerator, fingerprint)
+                assert cache.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+                folders.add(cache.folder)
+    assert len(folders) == 8 and all(folder.parent == tmp_path for folder in folders)
+
+
+def test_a_damaged_file_is_named(teacher, tmp_path):
+    TrajectoryCache(teacher.trajectory, 1e9, torch.float32, tmp_path)(images())
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        TrajectoryCache(teacher.trajectory, 1e9, torch.float32, tmp_path)
 
 
 def test_what_does_not_fit_is_computed_each_time_and_said_once(teacher, caplog):

@@ -536,7 +536,9 @@ def test_fidelity_is_measured_at_twice_the_size_or_as_asked(run, teacher, digits
     assert (folder / "model.safetensors").read_bytes() == weights
 
 
-def test_cached_trajectories_train_the_same_student_with_fewer_passes_of_the_teacher(run, monkeypatch, batches):
+def test_cached_trajectories_train_the_same_student_with_fewer_passes_of_the_teacher(
+    run, monkeypatch, batches, tmp_path
+):
     passed, trajectory = [], Teacher.trajectory
 
     def spy(self, pixel_values):
@@ -550,6 +552,13 @@ def test_cached_trajectories_train_the_same_student_with_fewer_passes_of_the_tea
     assert sum(passed) == without - 48  # of two epochs of 48 images, all of the second
     assert all(torch.equal(batches[step][0], batches[step + 12][0]) for step in range(12))
     assert largest_difference(weights(plain), weights(cached)) < 1e-6
+    # two students of other blocks share a folder, which is of one teacher and precision
+    shared = {"trajectory_cache_gb": 1, "trajectory_cache_dir": tmp_path / "kept"}
+    run("first", **shared)
+    passed.clear()
+    second = run("second", **shared, block_repeats=[2, 2])
+    assert sum(passed) == without - 96
+    assert largest_difference(weights(run("alone", block_repeats=[2, 2])), weights(second)) < 1e-6
 
 
 def test_elastic_student_is_measured_at_every_pace_that_it_learned(run, monkeypatch):
@@ -814,6 +823,7 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"warmup_steps": 6}, "warmup_steps is 6; it must be below stage1_steps, 6"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "there is nothing to train"),
         ({"augment": True, "trajectory_cache_gb": 1}, "trajectory_cache_gb is 1.0; it must be 0 with augment"),
+        ({"trajectory_cache_dir": "kept"}, "trajectory_cache_gb must say how large it may become"),
         ({"image_sizes": [4, 9]}, "does not divide into patches of patch_size=2; use 8 or 10 in place of 9"),
         ({"final_image_size": 3}, "use 2 or 4 in place of 3"),
         ({"eval_sizes": [5]}, "use 4 or 6 in place of 5"),

@@ -264,6 +264,11 @@ class DistillSettings(RunSettings):
         unit="GB",
         at_least=0,
     )
+    trajectory_cache_dir: str | None = setting(
+        None,
+        help="folder that keeps these trajectories on the disk, for further students of this teacher; none for memory",
+        group="machine",
+    )
     compile: bool = setting(False, help="compile the blocks", group="machine")
     seed: int = setting(0, help="seed of weights, order of images and noise", group="run", at_least=0, below=2**32)
     eval_batch_size: int = setting(
@@ -323,6 +328,8 @@ class DistillSettings(RunSettings):
             raise ValueError(
                 f"trajectory_cache_gb is {self.trajectory_cache_gb}; it must be 0 with augment, as no crop comes again"
             )
+        if self.trajectory_cache_dir is not None and not self.trajectory_cache_gb:
+            raise ValueError("trajectory_cache_dir is given; trajectory_cache_gb must say how large it may become")
         if not 0 <= self.anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
         if self.train_block is not None and self.stage2_steps:
