@@ -211,6 +211,35 @@ def find_phases(
     return Partition(blocks, method, _within(distance, blocks, method))
 
 
+def cheapest_phases(costs: np.ndarray, num_blocks: int, min_size: int = 1) -> Partition:
+    """The contiguous partition whose blocks cost least in sum; exact, by dynamic programming in O(K L^2).
+
+    Args:
+        costs: (L, L), entry [s, e] of layers s + 1..e + 1 as one block, as `raptor_hf.distillation.tied_costs` measures
+            them; entries below the diagonal are not read.
+        num_blocks: K.
+        min_size: fewest layers in a block.
+
+    Raises:
+        ValueError: the costs are not square or not finite above the diagonal, or so many blocks do not fit.
+    """
+    costs = np.asarray(costs, dtype=np.float64)
+    upper = costs[np.triu_indices(len(costs))] if costs.ndim == 2 and costs.shape[0] == costs.shape[1] else None
+    if upper is None or not np.isfinite(upper).all():
+        raise ValueError(f"costs has the shape {costs.shape}; it must be (L, L), finite on and above the diagonal")
+    _check_sizes(len(costs), num_blocks, min_size)
+    boundaries = _best_boundaries(costs, num_blocks, min_size, 1e-9 * upper.max())
+    partition = Partition.from_boundaries(boundaries, len(costs))
+    return Partition(partition.blocks, "fitted", phases_cost(costs, partition))
+
+
+def phases_cost(costs: np.ndarray, partition: Partition) -> float | None:
+    """What `cheapest_phases` minimises, for any partition; None for one that is not contiguous."""
+    if not partition.is_contiguous:
+        return None
+    return float(sum(costs[start, end - 1] for start, end in partition.phases))
+
+
 def other_phases(distance: np.ndarray, partition: Partition) -> dict[str, Partition]:
     """Returns what the other searches find with as many blocks, where that is another partition.
 

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from raptor_settings.distill import DistillSettings
 
 from .. import figures
-from ..phases import Partition, other_phases
+from ..phases import Partition, find_phases, other_phases, phases_cost
 from ..recipes.files import write_json
 from ..recipes.loop import progress_bar
 from ..recipes.session import Session
@@ -21,10 +22,13 @@ from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
 from .student import choose_partition
 from .task import LayerVariance
+from .tied_costs import tied_costs
 
 logger = logging.getLogger(__name__)
 
 PHASES_FILE = "phases.json"
+# of the images that phases are found on, those that blocks are fitted to, of all processes together
+TIED_COST_IMAGES = 64
 
 
 @torch.no_grad()
@@ -57,21 +61,34 @@ def find_partition(
         seed=settings.seed + accelerator.process_index,
     )
     variance = LayerVariance(layers, teacher.hidden_size)
-    num_images = 0
+    is_fitted = settings.block_repeats is None and settings.partition == "fitted"
+    num_images, to_fit = 0, []
     for batch in batches:
-        num_images += len(batch["pixel_values"]) * accelerator.num_processes
+        pixel_values = batch["pixel_values"].to(accelerator.device)
+        if is_fitted and num_images < TIED_COST_IMAGES:
+            to_fit.append(pixel_values)
+        num_images += len(pixel_values) * accelerator.num_processes
         with accelerator.autocast():
-            states = teacher.trajectory(batch["pixel_values"].to(accelerator.device))
+            states = teacher.trajectory(pixel_values)
         similarity.update(states)
         variance.update(states)
     for accumulator in (similarity, variance):
         accumulator.merge(accelerator)
     distance, variances = similarity.compute(), variance.compute()
-    partition, stability = choose_partition(distance, similarity, settings, layers)
+    costs = mean_costs(teacher, to_fit, accelerator) if to_fit else None
+    partition, stability = choose_partition(distance, similarity, settings, layers, costs)
     was_found = settings.block_repeats is None and not settings.partition.startswith("random")
-    others = other_phases(distance, partition) if was_found else {}
+    others = {}
+    if costs is not None:
+        found = find_phases(distance, settings.num_blocks)
+        if found.blocks != partition.blocks:
+            others = {found.method: Partition(found.blocks, found.method, phases_cost(costs, found))}
+    elif was_found:
+        others = other_phases(distance, partition)
     record = partition.to_dict() | {"distance": distance, "num_images": num_images}
     record |= {"distance_kind": settings.distance, "stability": stability}
+    if costs is not None:
+        record["tied_costs"] = [row[start:] for start, row in enumerate(costs.tolist())]  # from the diagonal on
     record["other_phases"] = {name: other.to_dict() for name, other in others.items()}
     record |= {"variance": variances, "seconds": time.perf_counter() - began, **identity}
     if accelerator.is_main_process:
@@ -80,6 +97,17 @@ def find_partition(
         figures.plot_phases(distance, partition, folder / "figures" / "phases.png", label=label)
         write_json(folder / PHASES_FILE, record)
     return record | {"partition": partition}
+
+
+def mean_costs(teacher: Teacher, batches: list[torch.Tensor], accelerator: Accelerator) -> np.ndarray:
+    """`tied_costs` of each process on its own batches, averaged over processes; collective."""
+    began = time.perf_counter()
+    with accelerator.autocast():
+        costs = torch.tensor(tied_costs(teacher, batches), device=accelerator.device)
+    costs = accelerator.reduce(costs, reduction="mean").cpu().numpy()
+    if accelerator.is_main_process:
+        logger.info(f"one block fitted to every run of layers in {time.perf_counter() - began:.0f} s")
+    return costs
 
 
 def read_partition(folder: Path, settings: DistillSettings, num_layers: int) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast
 from raptor_settings.distill import DistillSettings
 from torch import Tensor, nn
 
+from ..configuration_raptor import RaptorConfig
 from ..modeling_raptor import RaptorBlock, RaptorPreTrainedModel, StepModulation
 from ..recipes.loop import progress_bar
 from ..teacher import Teacher
@@ -78,8 +79,17 @@ class NormalEquations:
 
     def spread(self) -> float:
         """Root of the targets' squared deviations from their mean, summed over rows and targets."""
-        count, (_, targets) = self.gram[-1, -1], self.means
-        return float((self.square - count * targets.square()).sum().clamp(min=0).sqrt())
+        return float(self._squared_deviations().sum().sqrt())
+
+    def residual(self, weight: Tensor, gain: Tensor) -> float:
+        """Squared error per row of the targets by (features @ weight) * gain and an intercept, summed over targets."""
+        gram, cross = self.centered()
+        fitted, needed = (weight * (gram @ weight)).sum(0), (weight * cross).sum(0)
+        error = self._squared_deviations() - 2 * gain * needed + gain.square() * fitted
+        return float(error.sum().clamp(min=0) / self.gram[-1, -1])
+
+    def _squared_deviations(self) -> Tensor:
+        return (self.square - self.gram[-1, -1] * self.means[1].square()).clamp(min=0)
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -142,7 +152,7 @@ def fit_to_teacher(
     if not trajectories:
         raise ValueError("batches is empty; it must give at least one batch of images to fit the student to")
     weights = 1 / variance.compute()
-    middles = _between_branches(teacher, student, trajectories, positions)
+    middles = between_branches(teacher, config, trajectories, positions)
     states = [trajectory[0].float() for trajectory in trajectories]
     known = 0  # layers before which the student has states of its own
     for block, layers in enumerate(config.block_layers):
@@ -200,7 +210,7 @@ class _BlockFit:
         for index, (layer, modulation) in enumerate(zip(self.layers, self.modulations(), strict=True)):
             if start is None:
                 state = trajectory[layer - 1].float()
-            with _watched(self.block) as seen:
+            with watch_branches(self.block) as seen:
                 output = self.block(state, *modulation, positions=positions)[0].float()
             if branch == "attention":
                 features, target = seen["attention"], middles[layer].float() - state
@@ -212,39 +222,63 @@ class _BlockFit:
     def solve(self, branch: str) -> None:
         """The projection that fits all steps best, then each step's gain and shift."""
         name, _, gain_name, shift_name = BRANCHES[branch]
-        projection, steps = self.block.get_submodule(name), self.sums[branch]
+        projection, steps, prior = self.block.get_submodule(name), self.sums[branch], self.prior[branch]
         gains, shifts = getattr(self.conditioner, gain_name, None), getattr(self.conditioner, shift_name, None)
-        # the middle step is the one whose layer the prior is of
-        spreads = [equations.spread() for equations in steps]
-        reference = (sum(v * v for v in spreads) / len(spreads)) ** 0.5
-        scales = [1.0 if gains is None or reference == 0 else spread / reference for spread in spreads]
-        gram = cross = 0
-        for equations, scale, layer in zip(steps, scales, self.layers, strict=True):
-            own_gram, own_cross = equations.centered() if shifts is not None else (equations.gram, equations.cross)
-            gram = gram + self.weights[layer] * scale**2 * own_gram
-            cross = cross + self.weights[layer] * scale * own_cross
-        if shifts is None:
-            weight, bias = _solve_with_intercept(gram, cross, self.prior[branch], self.ridge)
-        else:
-            weight = solve_ridge(gram, cross, self.prior[branch], self.ridge)
+        importance = [self.weights[layer] for layer in self.layers]
+        if shifts is not None:
+            weight, fitted = solve_tied(steps, importance, prior, self.ridge)
             bias = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            for index, (equations, gain) in enumerate(zip(steps, fitted, strict=True)):
+                features, targets = equations.means
+                shifts[index] = targets - gain * (features @ weight)
+                gains[index] = gain - 1
+        else:
+            scales = [1.0] * len(steps) if gains is None else _relative_spreads(steps)
+            rows = list(zip(steps, scales, importance, strict=True))
+            gram = sum(share * scale**2 * equations.gram for equations, scale, share in rows)
+            cross = sum(share * scale * equations.cross for equations, scale, share in rows)
+            weight, bias = _solve_with_intercept(gram, cross, prior, self.ridge)
+            if gains is not None:
+                gains.copy_(torch.tensor(scales)[:, None].expand_as(gains) - 1)
         projection.weight.copy_(weight.T)
         projection.bias.copy_(bias)
         torch.clear_autocast_cache()  # which has a half-precision copy of the weight before
-        if gains is None:
-            return
-        for index, equations in enumerate(steps):
-            own_gram, own_cross = equations.centered()
-            # of every feature, pulled towards the step's scale as the weight is towards its prior
-            fitted, needed = (weight * (own_gram @ weight)).sum(0), (weight * own_cross).sum(0)
-            pull = 0.01 * fitted.mean().clamp(min=1e-30)
-            gain = (needed + pull * scales[index]) / (fitted + pull)
-            if shifts is None:
-                gain = torch.full_like(gain, scales[index])
-            else:
-                features, targets = equations.means
-                shifts[index] = targets - gain * (features @ weight)
-            gains[index] = gain - 1
+
+
+def _relative_spreads(steps: list[NormalEquations]) -> list[float]:
+    """How far the targets of every step spread, relative to all: the scale of a step before any gain is fitted."""
+    spreads = [equations.spread() for equations in steps]
+    reference = (sum(spread * spread for spread in spreads) / len(spreads)) ** 0.5
+    return [spread / reference if reference else 1.0 for spread in spreads]
+
+
+def solve_tied(
+    steps: list[NormalEquations], importance: list[Tensor], prior: Tensor, ridge: float
+) -> tuple[Tensor, list[Tensor]]:
+    """One weight for all steps, with a gain of each step for every target and an intercept of its own.
+
+    Args:
+        steps: the normal equations of each step.
+        importance: of the squared error of each step.
+        prior: what the weight is pulled to, (F, D): that of the step in the middle.
+        ridge: strength of that pull, as in `solve_ridge`.
+
+    Returns:
+        The weight, (F, D), and the gains of each step, (D,), in float64. The gains are fitted after the weight, and
+        pulled a little to the spread of the step's targets.
+    """
+    scales, gram, cross = _relative_spreads(steps), 0, 0
+    for equations, scale, share in zip(steps, scales, importance, strict=True):
+        own_gram, own_cross = equations.centered()
+        gram, cross = gram + share * scale**2 * own_gram, cross + share * scale * own_cross
+    weight = solve_ridge(gram, cross, prior, ridge)
+    gains = []
+    for equations, scale in zip(steps, scales, strict=True):
+        own_gram, own_cross = equations.centered()
+        fitted, needed = (weight * (own_gram @ weight)).sum(0), (weight * own_cross).sum(0)
+        pull = 0.01 * fitted.mean().clamp(min=1e-30)
+        gains.append((needed + pull * scale) / (fitted + pull))
+    return weight, gains
 
 
 def _solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -256,12 +290,12 @@ def _solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: flo
     return weight, targets - features @ weight
 
 
-def _between_branches(
-    teacher: Teacher, student: RaptorPreTrainedModel, trajectories: list[Tensor], positions: list[Positions]
+def between_branches(
+    teacher: Teacher, config: RaptorConfig, trajectories: list[Tensor], positions: list[Positions]
 ) -> list[Tensor]:
     """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); those of 0 are not defined."""
     # without gradients, or autocast would go on with the half-precision copy of the first layer's weights
-    block = RaptorBlock(student.config).to(student.device).eval().requires_grad_(False)
+    block = RaptorBlock(config).to(trajectories[0].device).eval().requires_grad_(False)
     middles = [torch.empty_like(trajectory) for trajectory in trajectories]
     for layer in range(1, teacher.num_layers + 1):
         *before, last = teacher.span(layer)
@@ -271,14 +305,14 @@ def _between_branches(
             states = [block(state, positions=own)[0] for state, own in zip(states, positions, strict=True)]
         block.load_state_dict(teacher.block_state_dict(last))
         for middle, state, own in zip(middles, states, positions, strict=True):
-            with _watched(block) as seen:
+            with watch_branches(block) as seen:
                 block(state, positions=own)
             middle[layer] = seen["middle"]
     return middles
 
 
 @contextmanager
-def _watched(block: RaptorBlock) -> Iterator[dict[str, Tensor]]:
+def watch_branches(block: RaptorBlock) -> Iterator[dict[str, Tensor]]:
     """What the last projections of a block's branches read, and the tokens between the branches, under "middle"."""
     seen: dict[str, Tensor] = {}
     places = {branch: block.get_submodule(name) for branch, (name, *_) in BRANCHES.items()} | {"middle": block.norm2}

@@ -7,15 +7,29 @@ from raptor_settings.distill import DistillSettings
 from torch import nn
 
 from ..conversion import student_from_teacher
-from ..phases import Partition, boundary_stability, find_phases, random_contiguous, random_fragmented
+from ..phases import (
+    Partition,
+    boundary_stability,
+    cheapest_phases,
+    find_phases,
+    random_contiguous,
+    random_fragmented,
+)
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
 
 
 def choose_partition(
-    distance: np.ndarray, similarity: SimilarityAccumulator | None, settings: DistillSettings, num_layers: int
+    distance: np.ndarray,
+    similarity: SimilarityAccumulator | None,
+    settings: DistillSettings,
+    num_layers: int,
+    costs: np.ndarray | None = None,
 ) -> tuple[Partition, dict[str, Any] | None]:
-    """The given or found partition, and for a found one its stability under a bootstrap over images."""
+    """The given or found partition, and for one found by distances its stability under a bootstrap over images.
+
+    `costs` are those of `tied_costs`, for the partition "fitted".
+    """
     if settings.block_repeats is not None:
         ends = np.cumsum(settings.block_repeats)[:-1].tolist()
         return Partition.from_boundaries(ends, num_layers, method="given"), None
@@ -23,6 +37,8 @@ def choose_partition(
         return random_contiguous(num_layers, settings.num_blocks, settings.seed), None
     if settings.partition == "random_fragmented":
         return random_fragmented(num_layers, settings.num_blocks, settings.seed), None
+    if settings.partition == "fitted":
+        return cheapest_phases(costs, settings.num_blocks), None
     partition = find_phases(distance, settings.num_blocks, method=settings.partition)
     if similarity is None or similarity.num_bootstraps == 0 or settings.partition == "bisection":
         return partition, None
@@ -38,7 +54,7 @@ def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
     """A partition of the wanted kind that needs no images: where phases are to be found, of made-up distances."""
     layers = np.arange(num_layers)
     distance = abs(layers - layers[:, None])
-    return choose_partition(distance, None, settings, num_layers)[0]
+    return choose_partition(distance, None, settings, num_layers, costs=distance)[0]
 
 
 def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:

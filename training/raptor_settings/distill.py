@@ -56,8 +56,11 @@ class DistillSettings(RunSettings):
         group="phases",
         at_most=10_000,
     )
-    partition: Literal["normalized", "cut", "bisection", "random_contiguous", "random_fragmented"] = setting(
-        "normalized", help="how the phases are found; the random ones are baselines", group="phases"
+    partition: Literal["normalized", "cut", "bisection", "fitted", "random_contiguous", "random_fragmented"] = setting(
+        "normalized",
+        help="how the phases are found: by distances between states, or where one block fits the layers best; the "
+        "random ones are baselines",
+        group="phases",
     )
     distance: Literal["cosine", "mse", "cka"] = setting(
         "cosine",

@@ -1,0 +1,100 @@
+"""What tying costs: how badly one block stands for a run of layers, for every run, without training.
+
+    costs = tied_costs(teacher, batches_of_pixel_values)   # (L, L)
+    partition = cheapest_phases(costs, num_blocks=3)
+
+Layers can resemble each other in what they hold and differ in what they do; a distance between states sees the first
+only. Here a block that starts from the middle layer of a run is fitted in closed form, as a fitted start does it, to what
+each layer of the run adds to the teacher's own states, and what it leaves is the cost of the run.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..conversion import student_from_teacher
+from ..modeling_raptor import RaptorBlock
+from ..teacher import Teacher
+from .start import BRANCHES, NormalEquations, Positions, between_branches, solve_tied, watch_branches
+from .task import LayerVariance
+
+
+@torch.no_grad()
+def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.03) -> np.ndarray:
+    """The cost of every run of layers as one block: squared error over the teacher's variance, summed over its layers.
+
+    Each branch of the block gets one last projection for all layers of the run, and for each layer a gain and a shift
+    per feature. Errors do not add up from layer to layer here: every layer starts from the teacher's state.
+
+    Args:
+        teacher: of a family whose layers can become blocks.
+        batches: of pixel values, (B, C, H, W), on the device; 64 photographs do. Their trajectories are kept, twice.
+        ridge: strength of the pull towards the middle layer, relative to the features' mean square.
+
+    Returns:
+        (L, L), float64; entry [s, e] is of layers s + 1..e + 1, infinite below the diagonal and near zero on it.
+
+    Raises:
+        ValueError: if there is no batch, or the teacher's layers cannot become blocks.
+    """
+    num_layers = teacher.num_layers
+    student = student_from_teacher(teacher, (num_layers,), init="first", depth_conditioning="none").eval()
+    student.to(teacher.model.device)
+    encoder, block = student.base_model.encoder, student.base_model.encoder.blocks[0]
+    block.requires_grad_(False)
+    variance = LayerVariance(num_layers, teacher.hidden_size)
+    trajectories, positions = [], []
+    for pixel_values in batches:
+        states = teacher.trajectory(pixel_values)
+        positions.append(encoder.positions(states[:, 0].float(), pixel_values.shape[2:]))
+        variance.update(states)
+        trajectories.append(states.transpose(0, 1))
+    if not trajectories:
+        raise ValueError("batches is empty; it must give at least one batch of images to fit blocks to")
+    weights = 1 / variance.compute().double().clamp(min=1e-30)
+    middles = between_branches(teacher, student.config, trajectories, positions)
+
+    costs = np.full((num_layers, num_layers), np.inf)
+    for middle in range(1, num_layers + 1):
+        block.load_state_dict(teacher.block_state_dict(middle))
+        torch.clear_autocast_cache()  # which has a half-precision copy of the weights before
+        priors = [
+            (block.get_submodule(name).weight * getattr(block, scale).lambda1[:, None]).double().T
+            for name, scale, *_ in BRANCHES.values()
+        ]
+        ends = [(start, 2 * middle - start + odd) for start in range(1, middle + 1) for odd in (0, 1)]
+        spans = [(start, end) for start, end in ends if end <= num_layers]
+        sums = {
+            layer: _layer_sums(block, layer, trajectories, middles, positions)
+            for layer in range(min(start for start, _ in spans), max(end for _, end in spans) + 1)
+        }
+        for start, end in spans:
+            layers, cost = range(start, end + 1), 0.0
+            importance = [weights[layer] / teacher.hidden_size for layer in layers]
+            for branch, prior in enumerate(priors):
+                steps = [sums[layer][branch] for layer in layers]
+                weight, gains = solve_tied(steps, importance, prior, ridge)
+                for equations, gain, share in zip(steps, gains, importance, strict=True):
+                    cost += float(share) * equations.residual(weight, gain)
+            costs[start - 1, end - 1] = cost
+    return costs
+
+
+def _layer_sums(
+    block: RaptorBlock, layer: int, trajectories: list[Tensor], middles: list[Tensor], positions: list[Positions]
+) -> list[NormalEquations]:
+    """What the last projection of each branch reads in the teacher's states at a layer, and what it should add."""
+    sums = []
+    for name, *_ in BRANCHES.values():
+        projection = block.get_submodule(name)
+        sums.append(NormalEquations(projection.in_features, projection.out_features, device=projection.weight.device))
+    for trajectory, middle, own in zip(trajectories, middles, positions, strict=True):
+        before, between, after = trajectory[layer - 1].float(), middle[layer].float(), trajectory[layer].float()
+        with watch_branches(block) as seen:
+            block.attention(block.norm1(before), positions=own)
+            block.ffn(block.norm2(between))
+        sums[0].add(seen["attention"], between - before)
+        sums[1].add(seen["ffn"], after - between)
+    return sums
