@@ -3,9 +3,9 @@
     costs = tied_costs(teacher, batches_of_pixel_values)   # (L, L)
     partition = cheapest_phases(costs, num_blocks=3)
 
-Layers can resemble each other in what they hold and differ in what they do; a distance between states sees the first
-only. Here a block that starts from the middle layer of a run is fitted in closed form, as a fitted start does it, to what
-each layer of the run adds to the teacher's own states, and what it leaves is the cost of the run.
+Layers can resemble each other in what they hold and differ in what they do; a distance between states sees only the
+first. Here a block that starts from the middle layer of a run is fitted in closed form, as a fitted start does it, to
+what each layer of the run adds to the teacher's own states, and what it leaves is the cost of the run.
 """
 
 from collections.abc import Iterable

@@ -40,6 +40,7 @@ from raptor_hf.data.loaders import TooManyFailuresError, train_loader
 from raptor_hf.distillation.student import choose_partition, make_student
 from raptor_hf.distillation.task import DistillationTask
 from raptor_hf.modeling_raptor import RaptorBlock
+from raptor_hf.phases import Partition, cheapest_phases, find_phases
 from raptor_hf.recipes.loop import DivergedError, NonFiniteError
 from raptor_hf.recipes.settings import parse_settings
 from raptor_hf.teacher import Teacher, load_teacher, macs
@@ -490,6 +491,22 @@ def test_stage2_goes_on_in_the_data_with_a_fresh_optimizer(run, batches):
     for step, count in ((10, 4), (12, 6)):
         counts = [tensor.item() for name, tensor in checkpoint(folder, step).items() if name.endswith(".step")]
         assert set(counts) == {count}
+
+
+def test_fitted_phases_are_kept_with_their_costs_and_with_what_distances_find(run, caplog):
+    caplog.set_level("INFO")
+    folder = run(block_repeats=None, num_blocks=2, partition="fitted", stage1_steps=0, stage2_steps=2)
+    record = json.loads((folder / "phases.json").read_text())
+    costs = np.full((4, 4), np.inf)
+    for start, row in enumerate(record["tied_costs"]):
+        costs[start, start:] = row
+    found = Partition.from_dict(record)
+    assert found == cheapest_phases(costs, 2) and found.method == "fitted"
+    by_distance = find_phases(np.array(record["distance"]), 2)
+    if by_distance.blocks != found.blocks:
+        assert Partition.from_dict(record["other_phases"]["normalized"]).blocks == by_distance.blocks
+    assert metrics(folder)["blocks"] == [list(block) for block in found.blocks]
+    assert f"phases {found} (fitted)" in caplog.text
 
 
 def test_augmentation_is_drawn_by_the_seed_and_leaves_phases_and_tests_alone(run, batches):
