@@ -34,6 +34,7 @@ FLOORS = (
         "raptor_hf.data",
         "raptor_hf.distillation",
         "raptor_hf.dynamics",
+        "raptor_hf.export",
         "raptor_hf.figures",
         "raptor_hf.hub",
         "raptor_hf.probing",

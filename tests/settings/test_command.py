@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "training")]), "HF_HUB_OFFLINE": "1"}
-SCRIPTS = ("distill", "probe", "train_teacher", "analyze", "publish", "zoo", "explore")
+SCRIPTS = ("distill", "probe", "train_teacher", "analyze", "publish", "zoo", "explore", "export")
 # runs a program as `python` would, then tells what it has imported
 WATCH = """
 import runpy, sys

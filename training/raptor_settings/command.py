@@ -26,6 +26,7 @@ RECIPES = {
     "train_teacher": ("train_teacher", "teacher", "TeacherSettings"),
     "publish": ("publish", "publish", "PublishSettings"),
     "explore": ("explore", "explore", "ExploreSettings"),
+    "export": ("export", "export", "ExportSettings"),
 }
 
 
@@ -43,7 +44,7 @@ def main() -> None:
     module = importlib.import_module(f"raptor_settings.{module}")
     flags = module.with_folder_first(argv) if recipe == "publish" else argv
     parse_settings(getattr(module, name), flags, command=f"raptor {recipe}")
-    raise SystemExit(launch(TRAINING / f"{script}.py", argv, one_process=recipe in ("publish", "explore")))
+    raise SystemExit(launch(TRAINING / f"{script}.py", argv, one_process=recipe in ("publish", "explore", "export")))
 
 
 def launch(script: Path, argv: list[str], *, one_process: bool = False) -> int:

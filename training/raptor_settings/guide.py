@@ -10,6 +10,7 @@ from .analyze import AnalyzeSettings
 from .declare import GROUPS, field_types, range_words
 from .distill import DistillSettings
 from .explore import ExploreSettings
+from .export import ExportSettings
 from .parse import _choices, _shown
 from .probe import ProbeSettings
 from .publish import PublishSettings
@@ -23,6 +24,7 @@ RECIPES = {
     "probe.py": ProbeSettings,
     "analyze.py": AnalyzeSettings,
     "explore.py": ExploreSettings,
+    "export.py": ExportSettings,
     "publish.py": PublishSettings,
 }
 
