@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from raptor_hf.figures import mean_and_deviation, saved
 
+from .conclusions import Record
+from .depths import depths_of, is_elastic
 from .frontier import Point, pareto
 
 # how the axes call the scores, and the factor to their unit
@@ -223,6 +225,47 @@ def _plot_series(axes: Axes, index: int, name: str, line: Sequence[Point], score
         # on alternating sides, as the points of two series may nearly meet
         place = {"xytext": (-4, 5), "ha": "right"} if index % 2 else {"xytext": (4, -11), "ha": "left"}
         axes.annotate(point.label, (position, mean), **place, textcoords="offset points", fontsize=7.5, color=color)
+
+
+def plot_depths(
+    variants: Mapping[str, Sequence[Record]],
+    teacher_accuracy: float | None,
+    teacher_macs: int,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draws what students reach against their multiply-accumulates: elastic ones as lines, those of one depth as dots.
+
+    Args:
+        variants: the runs of each, as study.py records them; "dedicated, 4 steps" is a dot of the series "dedicated".
+        teacher_accuracy: as a fraction, None where it has no classifier.
+        teacher_macs: multiply-accumulates of the teacher.
+        path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
+    """
+    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    if teacher_accuracy is not None:
+        right.plot(teacher_macs / 1e6, 100 * teacher_accuracy, "*", color="crimson", markersize=10, label="teacher")
+    series: dict[str, list[Any]] = {}
+    for name, runs in variants.items():
+        line = name if is_elastic(runs) else name.rpartition(", ")[0] or name
+        series.setdefault(line, []).extend(depths_of(runs).values())
+    for index, (name, depths) in enumerate(series.items()):
+        depths = sorted(depths, key=lambda depth: depth.macs)
+        style = "o-" if name in variants else "s"
+        for axes, score, unit in ((left, "r2", 1), (right, "student_accuracy", 100)):
+            known = [depth for depth in depths if None not in getattr(depth, score)]
+            if known:
+                points = [mean_and_deviation(np.multiply(unit, getattr(depth, score))) for depth in known]
+                means, deviations = zip(*points, strict=True)
+                cost = [depth.macs / 1e6 for depth in known]
+                axes.errorbar(cost, means, deviations, fmt=style, capsize=3, color=f"C{index % 10}", label=name)
+    left.set_ylabel(AXES["r2_last"][0])
+    right.set_ylabel(AXES["student_accuracy"][0])
+    for axes in (left, right):
+        axes.set(xlabel="multiply-accumulates per image (M)", xlim=(0, None))
+        axes.spines[["top", "right"]].set_visible(False)
+    left.legend(frameon=False, fontsize=9)
+    return saved(figure, path, dpi=200, tight=True)
 
 
 def plot_time_to_fidelity(

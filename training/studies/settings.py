@@ -28,8 +28,8 @@ class StudySettings:
     variants: list[str] = setting(help='what is compared, each "name --flag of distill.py value ..."', group="student")
     output_dir: str = setting(help="folder of the table, the figure and the numbers", group="run")
     runs_dir: str = setting(help="folder of the students", group="run")
-    figure: Literal["ladder", "convergence", "trade_off", "partitions", "frontier", "time_to_fidelity"] = setting(
-        help="what is drawn and concluded", group="run"
+    figure: Literal["ladder", "convergence", "trade_off", "partitions", "frontier", "time_to_fidelity", "depths"] = (
+        setting(help="what is drawn and concluded", group="run")
     )
     common_flags: str = setting("", help="flags of distill.py for all variants", group="student")
     seeds: list[int] = setting([0, 1, 2], help="seeds of each variant", group="training", at_least=0, below=2**32)

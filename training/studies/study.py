@@ -52,6 +52,7 @@ from .conclusions import (
     time_to_fidelity_conclusion,
     trade_off_caption,
 )
+from .depths import depths_conclusion
 from .frontier import Point, baseline_points, frontier_conclusion, study_points
 
 logger = logging.getLogger("study")
@@ -248,6 +249,7 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
         "batch_size": settings.batch_size,
         "mixed_precision": settings.mixed_precision or "no",
         "blocks": metrics.blocks,
+        **({"by_steps": {n: row.to_dict() for n, row in fidelity.by_steps.items()}} if fidelity.by_steps else {}),
         "evaluations": [evaluation_of(entry.to_dict(), settings.stage1_steps) for entry in metrics.evaluations],
         "device": metrics.device,
         "versions": metrics.versions,
@@ -329,6 +331,9 @@ def conclude(settings: StudySettings, records: Sequence[Record], figure: Path) -
         teacher_accuracy = records[0]["teacher_accuracy"]
         figures.plot_frontier(study_points(records), baselines, teacher_accuracy, figure)
         return frontier_conclusion(records, baselines)
+    if settings.figure == "depths":
+        figures.plot_depths(variants, records[0]["teacher_accuracy"], records[0]["macs"]["teacher"], figure)
+        return depths_conclusion(variants)
     if settings.figure == "time_to_fidelity":
         conclusion = time_to_fidelity_conclusion(wanted, settings.goals)
         figures.plot_time_to_fidelity(wanted, figure)

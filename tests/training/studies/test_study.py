@@ -260,6 +260,7 @@ def test_single_series_has_a_caption_of_its_points(study):
         ("partitions", ("a, k=2", "b, k=2")),
         ("frontier", ("a, k=2", "a, k=3")),
         ("time_to_fidelity", ("a", "b")),
+        ("depths", ("a, 4 steps", "b")),
     ],
 )
 def test_results_hold_every_run_and_a_figure_of_each_kind(study, settings, tmp_path, kind, names):
