@@ -177,6 +177,40 @@ class RealTeacherSettings:
             raise ValueError("datasets and sizes must each hold at least one")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ElasticSettings:
+    """Measure an elastic student at several depths and with early exit, beside what one would run instead."""
+
+    recipe: ClassVar[str] = "elastic"
+    command: ClassVar[str] = "python -m training.studies.elastic"
+    example: ClassVar[str] = "digits_elastic_speed"
+
+    title: str = setting(help="title of the table", group="run")
+    student: str = setting(help="elastic run of distill.py", group="student")
+    teacher: str = setting(help="its teacher, with a classifier", group="teacher")
+    rivals: list[str] | None = setting(
+        None, help='further runs of distill.py, each "name = folder", that are timed beside it', group="student"
+    )
+    dataset: str = setting(help="images with labels", group="images")
+    test_split: str = setting("test", help="split that is measured", group="images")
+    depths: list[int] = setting([4, 6, 8, 12], help="numbers of steps, and of the teacher's layers", group="student")
+    max_disagreement: float = setting(
+        0.005, help="share of the images whose class early exit may change, where it is calibrated", group="student"
+    )
+    output_dir: str = setting(help="folder of the table, the figure and the numbers", group="run")
+    batch_size: int = setting(32, help="images at a time", group="machine", above=0, at_most=65_536)
+    repeats: int = setting(20, help="times that everything is timed, in turn", group="machine", above=0, at_most=10_000)
+    int8: bool = setting(True, help="time models with their linear layers in int8, too", group="machine")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        for rival in self.rivals or ():
+            if not re.fullmatch(r".+ = \S+", rival):
+                raise ValueError(f"rivals has {rival!r}; each must be 'name = folder'")
+        if not self.depths:
+            raise ValueError("depths is empty; give at least one number of steps")
+
+
 def check_plan(variants: Sequence[str], seeds: Sequence[int]) -> None:
     """Refuse what no study can run.
 
