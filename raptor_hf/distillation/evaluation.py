@@ -39,9 +39,9 @@ def evaluate_student(
         The fields of `Fidelity`, "num_images", and "agreement", "teacher_accuracy" and "student_accuracy", None where
         not known; with `paces` "by_steps", the fields of `StepsFidelity` by the number of steps, but for their cost.
     """
-    for module in task.modules():
-        if isinstance(module, FSDPModule):  # the student is called past the wrapper, which would gather its weights
-            module.unshard()
+    sharded = [module for module in task.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:  # the student is called past the wrapper, which would gather its weights
+        module.unshard()
     student.eval()
     fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens, teacher.hidden_size)
     own, teacher_accuracy = _Predictions(), TopKAccuracy(topk=(1,))
@@ -65,6 +65,8 @@ def evaluate_student(
             final.update(teacher_states[:, [0, -1]], ends)
             predictions.update(teacher.logits(ends[:, 1]), truth, labels)
     student.train()
+    for module in sharded:  # or training would go on with the weights of the evaluation, which may be an average
+        module.reshard()
     fidelity.merge(accelerator)
     scores = fidelity.compute().to_dict() | {"num_images": int(fidelity.sums()[0])} | own.compute(accelerator)
     scores["teacher_accuracy"] = _accuracy(teacher_accuracy, accelerator)

@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from .files import flush, remove, rename_over
@@ -323,6 +324,11 @@ def _load_optimizer(
         for parameter, name in zip(group["params"], group_names, strict=False):
             if name not in state:  # had met no gradient when it was saved: forget what torch filled in
                 optimizer.state.pop(parameter, None)
+            elif isinstance(parameter, DTensor):  # torch shards what it filled in, and nothing that others keep there
+                own = optimizer.state[parameter]
+                for key, value in own.items():
+                    if value.shape == parameter.shape and not isinstance(value, DTensor):
+                        own[key] = distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def _check_model(model: nn.Module, saved: dict[str, Tensor], trainable_only: bool) -> None:

@@ -21,10 +21,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from raptor_hf.recipes import checkpoint, files
+from raptor_hf.recipes.averaging import averaged_weights, update_average
 from raptor_hf.recipes.checkpoint import (
     CheckpointError,
     gather_rng_state,
@@ -79,6 +81,7 @@ def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range,
         model(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        update_average(optimizer, decay=0.9, step=step)
         after_step()
 
 
@@ -664,6 +667,10 @@ def worker(folder: Path) -> None:
         assert torch.equal(torch.rand(4), expected), "each rank goes on with its own random numbers"
         take_steps(resumed, resumed_optimizer, range(3, 5))
         tensors, info = model_and_optimizer_tensors(resumed, resumed_optimizer)
+        with averaged_weights(resumed_optimizer):
+            for name, value in get_model_state_dict(resumed, options=StateDictOptions(full_state_dict=True)).items():
+                average = tensors.get(f"optimizer.{name}.average")
+                assert average is None or torch.equal(value, average), "the weights are the average, whole"
         if accelerator.is_main_process:
             save_checkpoint(folder / f"{kind}-{part}", 5, tensors, info)
     dist.destroy_process_group()
