@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from raptor_hf.figures import saved
 from raptor_hf.recipes.files import write_json
 
 
@@ -104,7 +105,7 @@ def plot(rates: list[float], series: dict[str, list[dict[str, Any]]], path: Path
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    saved(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from raptor_hf.figures import saved
 from raptor_hf.phases import (
     Partition,
     cheapest_phases,
@@ -142,7 +143,7 @@ def plot(rows: list[dict[str, Any]], ranks: dict[str, float], path: Path) -> Non
         axes.margins(x=0.25)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean $R^2$ after training")
-    figure.savefig(path, dpi=150)
+    saved(figure, path, dpi=150)
 
 
 if __name__ == "__main__":
