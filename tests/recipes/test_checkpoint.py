@@ -679,7 +679,9 @@ def worker(folder: Path) -> None:
 @pytest.mark.slow
 def test_resume_under_ddp_and_fsdp_is_bitwise_the_run_of_a_single_process(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", __file__]
-    environment = os.environ | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    root = Path(checkpoint.__file__).parents[2]
+    paths = os.pathsep.join((str(root), str(root / "training")))  # where neither package is installed
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, tmp_path], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
 
