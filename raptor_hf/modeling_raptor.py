@@ -1342,9 +1342,10 @@ class RaptorForSemanticSegmentation(RaptorPreTrainedModel):
     def predict(
         self, features: torch.Tensor, image_size: tuple[int, int], labels: torch.Tensor | None = None
     ) -> SemanticSegmenterOutput:
-        """The head alone, on stored `features` of images of (height, width) pixels."""
+        """The head alone, on stored `features` of images of (height, width) pixels; logits are of the labels' size."""
         grid = _patch_grid(self.classifier(features), image_size, self.config)
-        logits = nn.functional.interpolate(grid, size=image_size, mode="bilinear", align_corners=False)
+        size = image_size if labels is None else labels.shape[1:]
+        logits = nn.functional.interpolate(grid, size=size, mode="bilinear", align_corners=False)
         loss = None
         if labels is not None:
             ignore_index = self.config.segmentation_ignore_index

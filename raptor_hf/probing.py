@@ -188,17 +188,23 @@ class Probe(nn.Module):
         """
         return self.model.features(self.model.raptor(pixel_values).last_hidden_state)
 
-    def forward(self, features: Tensor, image_size: tuple[int, int], labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, image_size: tuple[int, int], labels: Tensor, loss_stride: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Loss and prediction of the head, in float32.
 
         Args:
             features: as `features` gives them, in any precision.
             image_size: height and width of the images in pixels.
             labels: classes (B,) or (B, H, W), or depth in metres (B, H, W).
+            loss_stride: of masks, the loss and the scores are of every so many-th pixel in both directions. An odd one
+                takes the middle of each square of pixels, where the scores are those of the whole image.
 
         Returns:
             The mean loss; class scores (B, C) or (B, C, H, W), or depth in metres (B, H', W').
         """
+        if loss_stride > 1:
+            labels = labels[:, loss_stride // 2 :: loss_stride, loss_stride // 2 :: loss_stride]
         with torch.autocast(features.device.type, enabled=False):
             output = self.model.predict(features.float(), image_size, labels)
         is_depth = isinstance(self.model, RaptorForDepthEstimation)

@@ -98,6 +98,33 @@ def progress_bar(
     return tqdm(batches, title, total=total, initial=initial, disable=hidden, leave=False)
 
 
+def logged(batches: Iterable[dict[str, Any]], title: str, num_images: int, every: float = 10.0) -> Iterator[Any]:
+    """Pass batches on, with a line about images done, their rate and the time left, now and then and at the end.
+
+    Args:
+        batches: with "pixel_values".
+        title: what is done to them.
+        num_images: of all batches.
+        every: seconds between lines.
+    """
+    began = last = time.perf_counter()
+    done = 0
+    for batch in batches:
+        yield batch
+        done, now = done + len(batch["pixel_values"]), time.perf_counter()
+        if now - last >= every or done >= num_images:
+            rate, last = done / (now - began), now
+            eta = timedelta(seconds=round(max(0, num_images - done) / rate))
+            tqdm.write(f"{title} | {done}/{num_images} images | {rate:.1f} img/s | ETA {eta}")
+
+
+def best_precision() -> str:
+    """Returns "bf16" where this machine multiplies in it, and "no" elsewhere, as accelerate calls them."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradients that are not finite."""
 

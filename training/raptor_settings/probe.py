@@ -186,10 +186,22 @@ class ProbeSettings(RunSettings):
     last_batch: Literal["drop", "keep"] | None = setting(
         None, help="what becomes of the last batch of an epoch where it is not full" + _PUBLISHED, group="training"
     )
+    loss_stride: int = setting(
+        1,
+        help="pixels from one of a mask that the loss counts to the next, both ways; 1 is published, larger is faster",
+        group="training",
+        unit="pixels",
+        at_least=1,
+    )
+    eval_every: int = setting(
+        1, help="epochs between evaluations; the last is always evaluated", group="run", unit="epochs", above=0
+    )
     quick_checks: bool = setting(False, help="also fit k-NN and logistic regression to the features", group="training")
     knn_k: int = setting(20, help="neighbours of the k-NN", group="training", above=0)
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, help="precision of the backbone's arithmetic; none takes accelerate's setting", group="machine"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = setting(
+        None,
+        help="precision of the backbone; auto takes bf16 where the machine has it, none accelerate's setting",
+        group="machine",
     )
     cache_gb: float = setting(
         4.0, help="size up to which features are kept in memory", group="machine", unit="GB", at_least=0
@@ -234,6 +246,10 @@ class ProbeSettings(RunSettings):
                 raise ValueError(
                     f"{name} is {getattr(self, name)}; it goes with depth-estimation, not with {self.task}"
                 )
+        if self.loss_stride > 1 and self.task != "semantic-segmentation":
+            raise ValueError(
+                f"loss_stride is {self.loss_stride}; it goes with semantic-segmentation, not with {self.task}"
+            )
         if self.resize_size is not None and not (is_classification and self.resize_size >= (self.image_size or 0)):
             raise ValueError(
                 f"resize_size is {self.resize_size}; it goes with image-classification, and must be at least image_size"

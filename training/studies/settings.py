@@ -211,6 +211,32 @@ class ElasticSettings:
             raise ValueError("depths is empty; give at least one number of steps")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenseGapSettings:
+    """Probe several models of one teacher for photographs and for pixels, and show where they lose to it."""
+
+    recipe: ClassVar[str] = "study"
+    command: ClassVar[str] = "python -m training.studies.dense_gap"
+    example: ClassVar[str] = "dense_gap"
+
+    title: str = setting(help="title of the page", group="run")
+    models: list[str] = setting(
+        help='what is compared, each "name --flag of probe.py value ..."; the first is the reference', group="student"
+    )
+    probes: list[str] = setting(help="configurations of probe.py, each with flags", group="images")
+    output_dir: str = setting(help="folder of the page, the figure and the numbers", group="run")
+    runs_dir: str = setting(help="folder of what was measured of each model", group="run")
+    class_names: list[str] | None = setting(
+        None, help="names of the classes of masks; none takes those of the data set", group="images"
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        check_plan(self.models, [0])
+        if not self.probes or len(set(map(slug, self.probes))) < len(self.probes):
+            raise ValueError(f"probes are {self.probes}; there must be at least one, each once")
+
+
 def check_plan(variants: Sequence[str], seeds: Sequence[int]) -> None:
     """Refuse what no study can run.
 
