@@ -28,6 +28,7 @@ FLOORS = (
         "raptor_hf.steps",
         "raptor_hf.similarity",
         "raptor_hf.metrics",
+        "raptor_hf.patch_metrics",
     ),
     ("raptor_hf.phases", "raptor_hf.conversion", "raptor_hf.research_checkpoints", "raptor_hf.evaluate_modules"),
     (

@@ -9,8 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..configuration_raptor import as_pair
 from ..metrics import FidelityAccumulator, TopKAccuracy
+from ..patch_metrics import PatchQualityAccumulator, shifted
 from ..teacher import Teacher
+
+# of all processes, whose patches are looked at once more in shifted pictures
+NUM_PATCH_IMAGES = 64
 
 
 @torch.no_grad()
@@ -37,7 +42,8 @@ def evaluate_student(
 
     Returns:
         The fields of `Fidelity`, "num_images", and "agreement", "teacher_accuracy" and "student_accuracy", None where
-        not known; with `paces` "by_steps", the fields of `StepsFidelity` by the number of steps, but for their cost.
+        not known; "patches", the fields of `PatchQuality`, of the first `NUM_PATCH_IMAGES` images; with `paces`
+        "by_steps", the fields of `StepsFidelity` by the number of steps, but for their cost.
     """
     sharded = [module for module in task.modules() if isinstance(module, FSDPModule)]
     for module in sharded:  # the student is called past the wrapper, which would gather its weights
@@ -45,6 +51,7 @@ def evaluate_student(
     student.eval()
     fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens, teacher.hidden_size)
     own, teacher_accuracy = _Predictions(), TopKAccuracy(topk=(1,))
+    quality, wanted = PatchQualityAccumulator(), -(-NUM_PATCH_IMAGES // accelerator.num_processes)
     # at another pace the states between belong to no layer; the last one does
     finals = {n: (FidelityAccumulator(1, teacher.tokens, teacher.hidden_size), _Predictions()) for n in paces}
     for batch in batches:
@@ -53,6 +60,15 @@ def evaluate_student(
             teacher_states = teacher.trajectory(pixel_values)
             student_states = torch.stack(student.base_model(pixel_values, output_hidden_states=True).hidden_states, 1)
         fidelity.update(teacher_states, student_states)
+        if wanted > 0:
+            images, height, width = pixel_values[:wanted], *as_pair(teacher.patch_size)
+            with accelerator.autocast():
+                moved = shifted(images, width)
+                last = [teacher_states[:wanted, -1], student_states[:wanted, -1], teacher.trajectory(moved)[:, -1]]
+                last.append(student.base_model(moved, output_hidden_states=True).hidden_states[-1])
+                patches = [teacher.final_norm(state)[:, teacher.tokens.slices["patches"]] for state in last]
+            quality.update(*patches, grid=(images.shape[2] // height, images.shape[3] // width))
+            wanted -= len(images)
         truth, labels = teacher.logits(teacher_states[:, -1]), None
         if truth is not None and to_classes is not None:
             labels = to_classes(batch["labels"]).to(accelerator.device)
@@ -68,7 +84,9 @@ def evaluate_student(
     for module in sharded:  # or training would go on with the weights of the evaluation, which may be an average
         module.reshard()
     fidelity.merge(accelerator)
+    quality.merge(accelerator)
     scores = fidelity.compute().to_dict() | {"num_images": int(fidelity.sums()[0])} | own.compute(accelerator)
+    scores["patches"] = quality.compute().to_dict()
     scores["teacher_accuracy"] = _accuracy(teacher_accuracy, accelerator)
     for num_steps, (final, predictions) in finals.items():
         final.merge(accelerator)
@@ -114,6 +132,8 @@ def print_table(metrics: Mapping[str, Any]) -> None:
     for name in ("agreement", "teacher_accuracy", "student_accuracy"):
         if fidelity[name] is not None:
             print(f"{name.replace('_', ' ')} {fidelity[name]:.2%}")
+    if patches := {name: value for name, value in (fidelity.get("patches") or {}).items() if value is not None}:
+        print("patches: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in patches.items()))
     if by_steps := fidelity.get("by_steps"):
         print(f"{'steps':>5} {'R2':>8} {'agreement':>9} {'accuracy':>9} {'macs':>13}")
         for num_steps, row in by_steps.items():

@@ -23,7 +23,8 @@ from ..modeling_raptor import (
     RaptorModel,
     RaptorPreTrainedModel,
 )
-from ..recipes.run_metrics import Both, Fidelity, ProbeRecord, StudentMetrics
+from ..patch_metrics import NUM_NEIGHBOURS
+from ..recipes.run_metrics import Both, Fidelity, PatchFidelity, ProbeRecord, StudentMetrics
 from .card_words import (
     as_text,
     check_front_matter,
@@ -215,7 +216,21 @@ def _fidelity_rows(fidelity: Fidelity | None, num_layers: int) -> dict[str, Any]
         "rows": [[_number(value) for value in row] for row in rows],
         "mean_r2": _number(_mean_of_known(fidelity.r2)),
         "agreement": percent(fidelity.agreement),
+        "patches": _patch_words(fidelity.patches),
     }
+
+
+def _patch_words(patches: PatchFidelity | None) -> str | None:
+    """What is known of the patches after the final norm, in a sentence or two."""
+    if patches is None or patches.cosine is None:
+        return None
+    words = f"After the final LayerNorm, patches have a cosine of **{patches.cosine:.3f}** to the teacher's"
+    if patches.neighbours is not None:
+        words += f", and share **{percent(patches.neighbours)}** of their {NUM_NEIGHBOURS} nearest in other images"
+    if patches.student_stability is not None and patches.teacher_stability is not None:
+        words += f". Where the picture is shifted by a patch, they keep a cosine of {patches.student_stability:.3f} to "
+        words += f"what they were (the teacher's: {patches.teacher_stability:.3f})"
+    return words + "."
 
 
 def _fidelity_sizes(

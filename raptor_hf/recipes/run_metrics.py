@@ -92,6 +92,23 @@ class StepsFidelity(Record):
 
 
 @dataclass(kw_only=True)
+class PatchFidelity(Record):
+    """How good the patches of a student are after the final norm; see `raptor_hf.patch_metrics.PatchQuality`.
+
+    Args:
+        cosine: to the teacher's.
+        neighbours: share of the nearest patches of other images that both have in common.
+        teacher_stability: cosine under a shift of the picture by a patch, of the teacher.
+        student_stability: of the student.
+    """
+
+    cosine: float | None = None
+    neighbours: float | None = None
+    teacher_stability: float | None = None
+    student_stability: float | None = None
+
+
+@dataclass(kw_only=True)
 class Fidelity(Record):
     """How near a student is to its teacher, on test images of one size.
 
@@ -104,6 +121,7 @@ class Fidelity(Record):
         agreement: share of the images on which the teacher's classifier gives both the same class.
         teacher_accuracy: of the teacher with its classifier, a share.
         student_accuracy: of the student with the same classifier.
+        patches: for dense tasks, of the first images.
         by_steps: of an elastic student, by the number of steps through the whole depth.
     """
 
@@ -115,10 +133,11 @@ class Fidelity(Record):
     agreement: float | None = None
     teacher_accuracy: float | None = None
     student_accuracy: float | None = None
+    patches: PatchFidelity | None = None
     by_steps: dict[str, StepsFidelity] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        optional = ("num_images", "by_steps")
+        optional = ("num_images", "patches", "by_steps")
         return {name: value for name, value in super().to_dict().items() if name not in optional or value}
 
 

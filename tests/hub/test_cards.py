@@ -265,6 +265,18 @@ def test_fidelity_is_said_at_every_size_that_was_measured():
     assert "alone" not in fidelity
 
 
+def test_what_is_known_of_the_patches_is_said():
+    assert "cosine of **" not in section(str(card()), "Fidelity")
+    numbers = metrics()
+    numbers["fidelity"]["patches"] = {"cosine": 0.75, "neighbours": None}
+    assert "have a cosine of **0.750** to the teacher's." in section(str(card(numbers)), "Fidelity")
+    numbers["fidelity"]["patches"] |= {"neighbours": 0.5, "teacher_stability": 0.875, "student_stability": 0.625}
+    text = section(str(card(numbers)), "Fidelity")
+    assert "to the teacher's, and share **50.0 %** of their 5 nearest in other images. Where" in text
+    assert "they keep a cosine of 0.625 to what they were (the teacher's: 0.875)." in text
+    assert row(text, "6 |")[0] == "6"  # the table after it is still one
+
+
 def test_fidelity_of_an_elastic_student_is_said_at_every_number_of_steps():
     assert "Elastic" not in str(card())
     numbers = metrics()

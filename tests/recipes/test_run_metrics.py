@@ -5,7 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from raptor_hf.recipes.run_metrics import Fidelity, ProbeRecord, StepsFidelity, StudentMetrics, TeacherMetrics
+from raptor_hf.recipes.run_metrics import (
+    Fidelity,
+    PatchFidelity,
+    ProbeRecord,
+    StepsFidelity,
+    StudentMetrics,
+    TeacherMetrics,
+)
 from tests.support.published_run import metrics, probe
 
 FOLDERS = sorted(path.parent for path in (Path(__file__).parents[2] / "model_cards").glob("*/metrics.json"))
@@ -35,6 +42,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
             r2=[0.5, None],
             cosine={"cls": [1.0, 0.5], "registers": None},
             agreement=0.25,
+            patches=PatchFidelity(cosine=0.5, teacher_stability=0.25),
             by_steps={"4": StepsFidelity(block_repeats=[2, 1, 1], macs=7, r2=0.5)},
         ),
         fidelity_by_size={"16 x 16": Fidelity(r2=[0.25, 0.5])},

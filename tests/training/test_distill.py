@@ -218,9 +218,14 @@ def test_folder_loads_in_transformers_and_is_as_faithful_as_it_says(run, teacher
     assert fidelity["student_accuracy"] == pytest.approx((predicted == labels).double().mean().item())
     assert fidelity.keys() == {
         *("r2", "epsilon", "relative_epsilon", "cosine", "agreement", "teacher_accuracy", "student_accuracy"),
-        "num_images",
+        *("num_images", "patches"),
     }
     assert fidelity["num_images"] == 24
+    with torch.no_grad():
+        normed = [model.base_model(batch).last_hidden_state[:, 3:] for model in (student_model, target_model)]
+    cosine = torch.nn.functional.cosine_similarity(*normed, dim=2).mean().item()
+    assert fidelity["patches"]["cosine"] == pytest.approx(cosine, abs=1e-5)
+    assert all(0 < value < 1 for value in fidelity["patches"].values())
 
     (start, middle), (again, end) = found["phases"]
     assert (start, again, end) == (0, middle, 4)
