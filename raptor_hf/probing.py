@@ -21,11 +21,13 @@ import torch.nn.functional as F
 from raptor_settings.probe import METRICS, PUBLISHED, Task
 from raptor_settings.resources import find_model
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 from .accumulators import Accumulator
 from .conversion import load_meta_linear_head, student_from_teacher
 from .families import find_classifier
 from .hub.heads import list_heads
+from .image_processing_raptor import IGNORE_INDEX
 from .metrics import NYU_SIZE, DepthErrors, MeanIoU, TopKAccuracy
 from .modeling_raptor import (
     RaptorForDepthEstimation,
@@ -196,7 +198,7 @@ class Probe(nn.Module):
         Args:
             features: as `features` gives them, in any precision.
             image_size: height and width of the images in pixels.
-            labels: classes (B,) or (B, H, W), or depth in metres (B, H, W).
+            labels: classes (B,) or (B, H, W), integers, or depth in metres (B, H, W).
             loss_stride: of masks, the loss and the scores are of every so many-th pixel in both directions. An odd one
                 takes the middle of each square of pixels, where the scores are those of the whole image.
 
@@ -205,10 +207,21 @@ class Probe(nn.Module):
         """
         if loss_stride > 1:
             labels = labels[:, loss_stride // 2 :: loss_stride, loss_stride // 2 :: loss_stride]
+        if not labels.is_floating_point():
+            labels = labels.long()
+        output = self._predict(features, image_size, labels)
+        return output.loss, self._prediction(output)
+
+    def predict(self, features: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """The prediction alone, as `forward` gives it, of the whole image."""
+        return self._prediction(self._predict(features, image_size))
+
+    def _predict(self, features: Tensor, image_size: tuple[int, int], labels: Tensor | None = None) -> ModelOutput:
         with torch.autocast(features.device.type, enabled=False):
-            output = self.model.predict(features.float(), image_size, labels)
-        is_depth = isinstance(self.model, RaptorForDepthEstimation)
-        return output.loss, output.predicted_depth if is_depth else output.logits
+            return self.model.predict(features.float(), image_size, labels)
+
+    def _prediction(self, output: ModelOutput) -> Tensor:
+        return output.predicted_depth if isinstance(self.model, RaptorForDepthEstimation) else output.logits
 
 
 def make_probe(
@@ -353,7 +366,7 @@ class FeatureBank:
 
     Args:
         features: (N, ...) as `Probe.features` gives them, on the CPU.
-        labels: (N, ...), on the CPU.
+        labels: (N, ...), on the CPU; masks in uint8 where their classes allow it.
         names: of the N images.
         image_size: height and width of the images in pixels.
         failures: name to reason, for the images that could not be read.
@@ -397,7 +410,7 @@ def pool_features(probe: Probe, batches: Iterable[dict[str, Any]], device: torch
     for batch in batches:
         size = tuple(batch["pixel_values"].shape[-2:])
         features.append(probe.features(batch["pixel_values"].to(device)).cpu())
-        labels.append(batch["labels"])
+        labels.append(_compact(batch["labels"]))
         names += batch["names"]
         failures |= batch["failures"]
     if size is None:
@@ -406,10 +419,19 @@ def pool_features(probe: Probe, batches: Iterable[dict[str, Any]], device: torch
 
 
 def bank_bytes(probe: Probe, task: Task, num_images: int, image_size: tuple[int, int]) -> int:
-    """Memory that the features and labels of so many images take, in bytes, float32 and int64."""
+    """Memory that the features and labels of so many images take, in bytes, at most; in float32."""
     config = probe.model.config
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     patches, pixels = (image_size[0] // patch) * (image_size[1] // patch), image_size[0] * image_size[1]
     if task == "image-classification":
         return num_images * (2 * config.hidden_size * 4 + 8)
-    return num_images * ((1 + patches) * config.hidden_size * 4 + pixels * 8)
+    label_bytes = 4
+    if task == "semantic-segmentation":
+        label_bytes = 1 if config.num_segmentation_labels <= IGNORE_INDEX else 8
+    return num_images * ((1 + patches) * config.hidden_size * 4 + pixels * label_bytes)
+
+
+def _compact(labels: Tensor) -> Tensor:
+    """Masks, (B, H, W), in an eighth of their memory where all labels are below 256; other labels as they are."""
+    is_mask = labels.ndim == 3 and not labels.is_floating_point()
+    return labels.to(torch.uint8) if is_mask and 0 <= labels.min() and labels.max() < 256 else labels

@@ -212,6 +212,18 @@ def test_pooled_features_are_those_of_the_batches_one_after_the_other():
     assert torch.equal(joined.features, bank.features) and joined.names == bank.names
 
 
+def test_a_loss_of_every_third_pixel_is_of_the_scores_that_the_whole_image_has_there():
+    model = RaptorForSemanticSegmentation
+    probe = make_probe(backbone_of(tiny_model(model)), "semantic-segmentation", class_names=list("abcde"))
+    size = (12, 12)  # in squares of 3 pixels, whose middles are pixels
+    labels = torch.randint(5, (2, *size), generator=torch.Generator().manual_seed(0))
+    features = torch.randn(2, 9, probe.head.in_features, generator=torch.Generator().manual_seed(1))
+    loss, scores = probe(features, size, labels, 3)
+    whole = probe.predict(features, size)[:, :, 1::3, 1::3]
+    torch.testing.assert_close(scores, whole)
+    torch.testing.assert_close(loss, F.cross_entropy(whole, labels[:, 1::3, 1::3]))
+
+
 def test_pooling_nothing_is_an_error():
     probe = make_probe(
         backbone_of(tiny_model(RaptorForImageClassification)), "image-classification", class_names=list("abc")
@@ -226,7 +238,8 @@ def test_bank_bytes_bounds_what_a_bank_takes(task):
     labels = tiny_labels(HEADS[task])
     batch = {"pixel_values": tiny_images(), "labels": labels, "names": ["a", "b"], "failures": {}}
     bank = pool_features(probe, [batch], torch.device("cpu"))
-    actual = bank.features.numel() * 4 + labels.numel() * 8
+    assert torch.equal(bank.labels.to(labels.dtype), labels)
+    actual = bank.features.nbytes + bank.labels.nbytes
     assert actual <= bank_bytes(probe, task, 2, (16, 16)) <= 1.2 * actual
 
 

@@ -58,6 +58,7 @@ from raptor_hf.recipes.loop import (
     NonFiniteGuard,
     describe_environment,
     is_step_finite,
+    logged,
     progress_bar,
     set_learning_rate,
 )
@@ -160,7 +161,7 @@ class Run:
             fits = fits_cache(settings, self.accelerator, inputs.probe, num_cached, inputs.image_size)
             if not fits or (name == "train" and settings.augment != "none"):
                 break
-            batches = progress_bar(loader, f"features, {name}", self.accelerator)
+            batches = logged(loader, f"features, {name}", num_images, self.accelerator)
             with self.accelerator.autocast():
                 own = pool_features(self.unwrapped, batches, self.accelerator.device)
             shares = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
@@ -184,7 +185,8 @@ class Run:
         if len(self.evaluations) == self.seed_index:
             self.evaluations.append([])
         guard = NonFiniteGuard(settings.max_nonfinite_steps)
-        ends = {epoch * self.inputs.steps.per_epoch: epoch for epoch in range(1, settings.epochs + 1)}
+        evaluated = {*range(settings.eval_every, settings.epochs, settings.eval_every), settings.epochs}
+        ends = {epoch * self.inputs.steps.per_epoch: epoch for epoch in evaluated}
         bar = progress_bar(self.batches(seed), f"seed {seed}", accelerator, self.num_steps, self.step)
         for step, batch in enumerate(bar, start=self.step):
             lr = scheduled_rate(
@@ -201,6 +203,7 @@ class Run:
                 batch["features"].to(accelerator.device),
                 self.inputs.image_size,
                 batch["labels"].to(accelerator.device, non_blocking=True),
+                settings.loss_stride,
             )
             accelerator.backward(loss)
             # a limit of infinity changes no gradient, but fp16's scale is taken out and the norm is known
@@ -253,9 +256,8 @@ class Run:
             settings.eigen_crop,
         )
         for features, labels in self.test_features():
-            labels = labels.to(accelerator.device)
-            _, predictions = self.unwrapped(features.to(accelerator.device), self.inputs.image_size, labels)
-            metric.update(predictions, labels)
+            predictions = self.unwrapped.predict(features.to(accelerator.device), self.inputs.image_size)
+            metric.update(predictions, labels.to(accelerator.device))
         metric.accumulator.merge(accelerator)
         return metric.compute()
 
@@ -272,7 +274,8 @@ class Run:
                 rows = slice(start, min(start + size, end))
                 yield bank.features[rows], bank.labels[rows]
             return
-        for batch in progress_bar(self.inputs.test_batches, "evaluation", self.accelerator):
+        batches = self.inputs.test_batches
+        for batch in logged(batches, "evaluation", self.inputs.num_test_images, self.accelerator):
             with self.accelerator.autocast():
                 features = self.unwrapped.features(batch["pixel_values"].to(self.accelerator.device))
             yield features, batch["labels"]
@@ -426,7 +429,7 @@ def draw_predictions(run: Run, path: Path, num_images: int = 6) -> None:
     settings, inputs = run.settings, run.inputs
     batch = next(iter(inputs.test_batches))
     pixel_values, labels = batch["pixel_values"][:num_images], batch["labels"][:num_images]
-    _, predictions = run.unwrapped(run.unwrapped.features(pixel_values), inputs.image_size, labels)
+    predictions = run.unwrapped.predict(run.unwrapped.features(pixel_values), inputs.image_size)
     if settings.task != "depth-estimation":
         predictions = predictions.argmax(dim=1)
     mean, std = (

@@ -98,28 +98,34 @@ def progress_bar(
     return tqdm(batches, title, total=total, initial=initial, disable=hidden, leave=False)
 
 
-def logged(batches: Iterable[dict[str, Any]], title: str, num_images: int, every: float = 10.0) -> Iterator[Any]:
+def logged(
+    batches: Iterable[dict[str, Any]], title: str, num_images: int, accelerator: Accelerator, every: float = 10.0
+) -> Iterator[dict[str, Any]]:
     """Pass batches on, with a line about images done, their rate and the time left, now and then and at the end.
 
     Args:
-        batches: with "pixel_values".
+        batches: of this process, with "pixel_values".
         title: what is done to them.
-        num_images: of all batches.
+        num_images: of all processes.
+        accelerator: its main process prints, for all: they are as fast as one another.
         every: seconds between lines.
     """
     began = last = time.perf_counter()
     done = 0
-    for batch in batches:
+    for batch in progress_bar(batches, title, accelerator):
         yield batch
-        done, now = done + len(batch["pixel_values"]), time.perf_counter()
-        if now - last >= every or done >= num_images:
+        done = min(num_images, done + len(batch["pixel_values"]) * accelerator.num_processes)
+        now = time.perf_counter()
+        if accelerator.is_main_process and (now - last >= every or done == num_images):
             rate, last = done / (now - began), now
-            eta = timedelta(seconds=round(max(0, num_images - done) / rate))
+            eta = timedelta(seconds=round((num_images - done) / rate))
             tqdm.write(f"{title} | {done}/{num_images} images | {rate:.1f} img/s | ETA {eta}")
 
 
-def best_precision() -> str:
-    """Returns "bf16" where this machine multiplies in it, and "no" elsewhere, as accelerate calls them."""
+def precision_of(wanted: str | None) -> str | None:
+    """What accelerate is to take for a setting: "auto" is "bf16" where this machine multiplies in it, else "no"."""
+    if wanted != "auto":
+        return wanted
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"

@@ -93,6 +93,11 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
     image_size = probe_image_size(first(test_images, processor), backbone)
     if (train_size := probe_image_size(first(train_images, processor), backbone)) != image_size:
         raise ValueError(f"training images are {train_size} after processing, test images {image_size}")
+    if any(side % settings.loss_stride for side in image_size):
+        raise ValueError(
+            f"loss_stride is {settings.loss_stride}; it must divide both sides of the images, {image_size[0]} x "
+            f"{image_size[1]} pixels"
+        )
     padded = tuple(side + -side % patch for side, patch in zip(NYU_SIZE, patches_of(backbone), strict=True))
     if settings.eigen_crop and image_size != padded:
         raise ValueError(f"eigen_crop is for images of 480 x 640 pixels; these are {image_size}, padding included")

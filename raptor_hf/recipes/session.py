@@ -43,7 +43,7 @@ from ..data.loaders import TooManyFailuresError
 from .checkpoint import CheckpointError, latest_checkpoint, read_progress, resume_run, save_run
 from .files import written_beside
 from .lock import LOCK_FILE, FolderLock
-from .loop import DivergedError, NonFiniteError, warn_if_single_thread
+from .loop import DivergedError, NonFiniteError, precision_of, warn_if_single_thread
 from .settings import CHECKPOINT_FOLDER, check_output_dir, prepare_output_dir, read_run_id, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Session:
     def __init__(self, name: str, settings: Any) -> None:
         self.name, self.settings, self.folder = name, settings, Path(settings.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
+            mixed_precision=precision_of(settings.mixed_precision),
             log_with=settings.tracker,
             project_dir=str(self.folder / "logs") if settings.tracker else None,
         )

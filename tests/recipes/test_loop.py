@@ -25,7 +25,9 @@ from raptor_hf.recipes.loop import (
     RisingLossGuard,
     cosine_schedule,
     describe_environment,
+    logged,
     peak_memory_bytes,
+    precision_of,
     warn_if_single_thread,
 )
 
@@ -308,3 +310,24 @@ def test_idle_cores_are_pointed_out(monkeypatch, caplog, num_threads, num_cores,
     warn_if_single_thread(logging.getLogger("test"), process(num_processes=num_processes, device=device))
     assert ("training/accelerate/cpu.yaml" in caplog.text) == warns
     assert len(caplog.records) == warns
+
+
+def test_a_pass_over_images_says_how_many_are_done_at_what_rate_and_how_long_the_rest_takes(monkeypatch, capsys):
+    clock = iter([0.0, 4.0, 12.0, 16.0])
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(clock))
+    batches = [{"pixel_values": torch.zeros(size, 3, 2, 2)} for size in (8, 8, 4)]
+    passed = list(logged(batches, "features", 40, process(num_processes=2), every=10))
+    assert all(one is other for one, other in zip(passed, batches, strict=True))
+    assert capsys.readouterr().out.splitlines() == [
+        "features | 32/40 images | 2.7 img/s | ETA 0:00:03",
+        "features | 40/40 images | 2.5 img/s | ETA 0:00:00",
+    ]
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, has_bf16):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    assert precision_of("auto") == ("bf16" if has_bf16 else "no")
+    assert precision_of(None) is None and precision_of("fp16") == "fp16"

@@ -21,7 +21,7 @@ from raptor_settings.zoo import ZooSettings
 
 from raptor_hf.dynamics.figures import STYLES
 from training.benchmarks.benchmark import BenchmarkSettings
-from training.studies.settings import ResultsSettings, StudySettings, TeacherStudySettings
+from training.studies.settings import DenseGapSettings, ResultsSettings, StudySettings, TeacherStudySettings
 
 # what each needs besides its defaults
 NEEDED = {
@@ -138,8 +138,9 @@ def test_every_shipped_configuration_is_found_by_name_from_any_folder(kind, name
     monkeypatch.chdir(tmp_path)
     settings_class = CLASSES.get(kind)
     if kind == "study":
-        is_of_teachers = "\nteacher_base:" in shipped_configs(kind)[name].read_text()
-        settings_class = TeacherStudySettings if is_of_teachers else StudySettings
+        text = shipped_configs(kind)[name].read_text()
+        own = {"\nteacher_base:": TeacherStudySettings, "\nprobes:": DenseGapSettings}
+        settings_class = next((found for key, found in own.items() if key in text), StudySettings)
     by_name = parse_settings(settings_class, [name], exit_on_error=False)
     by_path = parse_settings(settings_class, [f"training/configs/{kind}/{name}.yaml"], exit_on_error=False)
     assert by_name == by_path == parse_settings(settings_class, [str(shipped_configs(kind)[name])], exit_on_error=False)

@@ -181,11 +181,11 @@ def test_interrupted_run_resumes_to_the_same_bits(run, teacher, monkeypatch, sto
     whole = run(teacher, "whole", seeds=[3, 4])
     forward, calls = Probe.forward, []
 
-    def interrupt(self, features, image_size, labels):
+    def interrupt(self, *arguments):
         calls.append(torch.is_grad_enabled())
         if sum(calls) > stop:
             raise KeyboardInterrupt
-        return forward(self, features, image_size, labels)
+        return forward(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Probe, "forward", interrupt)
@@ -223,6 +223,12 @@ def test_the_metric_that_counts_picks_the_best_epoch(run, teacher):
     assert result["best"]["epoch"] == [1 + scores.index(max(scores))]
 
 
+def test_epochs_between_evaluations_are_not_evaluated_but_the_last_is(run, teacher):
+    often, seldom = run(teacher, "often"), run(teacher, "seldom", eval_every=2)
+    often, seldom = (json.loads((folder / "probe.json").read_text())["evaluations"][0] for folder in (often, seldom))
+    assert seldom == often[1:] and [entry["epoch"] for entry in seldom] == [2, 3]
+
+
 def test_augmented_images_are_seen_anew(run, teacher):
     plain, flipped = run(teacher, "plain"), run(teacher, "flipped", augment="crop_flip")
     assert not torch.equal(head(plain)["classifier.weight"], head(flipped)["classifier.weight"])
@@ -253,6 +259,16 @@ def test_dense_heads_join_the_student_and_run_in_a_pipeline(run, student, task):
     assert size == (16, 16)
 
 
+def test_a_loss_of_some_pixels_trains_another_head_and_must_divide_the_images(run, teacher, capsys):
+    changes = SCENES | DENSE["semantic-segmentation"] | {"task": "semantic-segmentation"}
+    whole, some = run(teacher, "whole", **changes), run(teacher, "some", **changes, loss_stride=4)
+    weights = [head(folder, "masks")["classifier.weight"].flatten() for folder in (whole, some)]
+    assert 0.95 < torch.nn.functional.cosine_similarity(*weights, dim=0) < 0.999999
+    with pytest.raises(SystemExit):
+        run(teacher, "odd", **changes, loss_stride=3)
+    assert "loss_stride is 3; it must divide both sides of the images, 16 x 16 pixels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", DENSE)
 def test_stored_dense_features_and_those_made_anew_train_the_same_head(run, teacher, task):
     changes = SCENES | DENSE[task] | {"task": task}
@@ -272,8 +288,8 @@ def test_an_overridden_run_leaves_nothing_of_the_one_before(run, teacher):
 def test_a_loss_that_is_not_finite_never_reaches_the_head(run, teacher, monkeypatch):
     forward = Probe.forward
 
-    def infinite(self, features, image_size, labels):
-        loss, logits = forward(self, features, image_size, labels)
+    def infinite(self, *arguments):
+        loss, logits = forward(self, *arguments)
         return loss * float("inf"), logits
 
     monkeypatch.setattr(Probe, "forward", infinite)
@@ -297,6 +313,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_head(run, teacher, monkeypa
         ({"color_jitter": [0, 0, 0, 0.7]}, "color_jitter is"),
         ({"resize_size": 7, "image_size": 8}, "resize_size is 7"),
         ({"batch_size": 128, "last_batch": "drop"}, "batch_size is 128; it must be at most the 96 images"),
+        ({"loss_stride": 2}, "loss_stride is 2; it goes with semantic-segmentation"),
         ({"metric": "f1"}, "metric is 'f1'; those of image-classification are accuracy, top5_accuracy"),
         ({"variant": "teacher"}, "variant is 'teacher'"),
         ({"quick_checks": True, "augment": "crop_flip"}, "quick_checks"),

@@ -44,7 +44,7 @@ from raptor_hf.figures import mean_and_deviation, saved
 from raptor_hf.metrics import MeanIoU
 from raptor_hf.probing import initialize_head, load_backbone, scheduled_rate
 from raptor_hf.recipes.files import write_json, write_text_atomically
-from raptor_hf.recipes.loop import best_precision, describe_environment, logged, set_learning_rate
+from raptor_hf.recipes.loop import describe_environment, logged, precision_of, set_learning_rate
 from raptor_hf.recipes.probe_inputs import Inputs, open_inputs
 from raptor_hf.recipes.run_metrics import read_json
 from raptor_hf.recipes.settings import user_errors
@@ -119,12 +119,11 @@ def measure(models: Mapping[str, ProbeSettings]) -> dict[str, dict[str, Any]]:
         models: settings that differ in num_layers alone, by name.
     """
     settings = next(iter(models.values()))
-    precision = best_precision() if settings.mixed_precision == "auto" else settings.mixed_precision
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision_of(settings.mixed_precision))
     inputs = open_inputs(dataclasses.replace(settings, num_layers=None), accelerator)
     depths = [own.num_layers or inputs.backbone.model.config.num_hidden_layers for own in models.values()]
     train, test = (
-        pool(inputs, logged(batches, title, count), depths, accelerator)
+        pool(inputs, logged(batches, title, count, accelerator), depths, accelerator)
         for batches, title, count in (
             (inputs.plain_batches, "training images", inputs.num_train_images),
             (inputs.test_batches, "test images", inputs.num_test_images),
@@ -254,13 +253,14 @@ def score_segmentation(
         for first in range(0, len(sizes), MAPS_AT_ONCE):
             rows = slice(first, first + MAPS_AT_ONCE)
             with torch.no_grad():
-                maps = probe.model.predict(test_set[0][rows].float(), inputs.image_size).logits.argmax(1)
+                maps = probe.predict(test_set[0][rows], inputs.image_size).argmax(1)
             iou.update(maps, test_set[1][rows])
             right += np.bincount(sizes[rows][(maps == test_set[1][rows]).numpy()], minlength=len(right))
         computed = iou.compute()
         scores["mean_iou"].append(computed["mean_iou"])
         scores["per_class_iou"].append(computed["per_class_iou"])
-        scores["right_by_size"].append((right / scores["pixels_by_size"]).tolist())
+        shares = zip(right, scores["pixels_by_size"], strict=True)
+        scores["right_by_size"].append([share / count if count else None for share, count in shares])
     return scores
 
 
@@ -358,10 +358,15 @@ def dense_tables(records: Sequence[Mapping[str, Any]]) -> list[str]:
         ("right_by_size", SEGMENT_NAMES, scores["pixels_by_size"]),
     ):
         titles = ["model", *(f"{name} ({100 * n / sum(pixels):.1f} %)" for name, n in zip(names, pixels, strict=True))]
-        rows = [[record["model"], *(f"{100 * value:.1f}" for value in means(record, key))] for record in records]
+        rows = [[record["model"], *(written(value) for value in means(record, key))] for record in records]
         tables.append(markdown_table(titles, rows))
     tables.insert(1, "Pixels that are right (%), by the share of the image that their segment takes:")
     return tables
+
+
+def written(share: float) -> str:
+    """A share in per cent, or a dash for what is not there."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f}"
 
 
 def means(record: Mapping[str, Any], key: str) -> np.ndarray:
