@@ -10,7 +10,7 @@ its config.
 
 from raptor_settings.parse import parse_settings
 
-from .settings import DenseGapSettings, slug, split_variants
+from .settings import DenseGapSettings, slug, split_probes, split_variants
 
 if __name__ == "__main__":
     # --help and mistakes are answered before the imports below, which take seconds
@@ -65,7 +65,7 @@ def main() -> None:
     settings = parse_settings(DenseGapSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
-        plan = {probe: plan_models(settings, probe) for probe in settings.probes}
+        plan = {probe: plan_models(settings, flags) for probe, flags in split_probes(settings.probes)}
         folder = Path(settings.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
     records = []
@@ -87,18 +87,18 @@ def main() -> None:
     print(f"saved to {folder}: table.md, results.json and figure.png")
 
 
-def plan_models(settings: DenseGapSettings, probe: str) -> dict[str, ProbeSettings]:
+def plan_models(settings: DenseGapSettings, probe: list[str]) -> dict[str, ProbeSettings]:
     """The settings of probe.py for all models, by their names.
 
     Args:
         settings: of the study.
-        probe: name of a configuration of probe.py, and flags.
+        probe: a configuration of probe.py, and flags.
 
     Raises:
         ValueError: probe.py refuses them.
     """
     return {
-        name: parse_settings(ProbeSettings, [*shlex.split(probe), *flags], exit_on_error=False)
+        name: parse_settings(ProbeSettings, [*probe, *flags], exit_on_error=False)
         for name, flags in split_variants(settings.models)
     }
 
@@ -290,23 +290,18 @@ def page(title: str, command: str, records: Sequence[Mapping[str, Any]]) -> str:
     words = f"All on {first['device']}. Heads of {len(first['seeds'])} seeds, means and standard deviations; the first "
     words += "model is what the others are compared with. "
     words += " ".join(
-        f"{size_of(own[0])}: {own[0]['num_images'][0]:,} training and {own[0]['num_images'][1]:,} test images."
-        for own in by_probe.values()
+        f"{probe}: {own[0]['num_images'][0]:,} training and {own[0]['num_images'][1]:,} test images."
+        for probe, own in by_probe.items()
     )
     parts = [f"# {title}", words, f"    {command}", "![Where the gap lies](figure.png)", "## All probes"]
     parts.append(overview(by_probe))
     parts.append("\n".join(f"- {line}" for line in conclusions(by_probe)))
-    for own in by_probe.values():
+    for probe, own in by_probe.items():
         if own[0]["task"] == "semantic-segmentation":
-            parts += [f"## By class and by size, {size_of(own[0])}", *dense_tables(own)]
+            parts += [f"## By class and by size: {probe}", *dense_tables(own)]
         else:
-            parts += [f"## cls against patches, {size_of(own[0])}", parts_table(own)]
+            parts += [f"## cls against patches: {probe}", parts_table(own)]
     return "\n\n".join(parts) + "\n"
-
-
-def size_of(record: Mapping[str, Any]) -> str:
-    """Images and their side, in words."""
-    return f"{record['probe'].split()[0]}, {record['image_size'][0]} px"
 
 
 def percent(values: float | Sequence[float]) -> str:
@@ -327,7 +322,7 @@ def overview(by_probe: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """A row for each model: its size, and the headline of all probes."""
     models = next(iter(by_probe.values()))
     names = {"semantic-segmentation": "mean IoU (%)", "image-classification": "accuracy (%)"}
-    titles = ["model", "parameters", *(f"{size_of(own[0])}: {names[own[0]['task']]}" for own in by_probe.values())]
+    titles = ["model", "parameters", *(f"{probe}: {names[own[0]['task']]}" for probe, own in by_probe.items())]
     rows = [
         [record["model"], f"{record['parameters'] / 1e6:.2f} M"]
         + [percent(headline(own[index])) for own in by_probe.values()]
@@ -411,13 +406,13 @@ def plot_gaps(records: Sequence[Mapping[str, Any]], path: Path) -> Figure:
         for index, record in enumerate(photographs):
             values = [100 * statistics.fmean(record["scores"][part]["linear"]) for part in parts]
             axes.plot(parts, values, "o-", color=f"C{index}", label=record["model"], ms=4)
-        axes.set(ylabel="accuracy of a linear head (%)", title=size_of(photographs[0]))
+        axes.set(ylabel="accuracy of a linear head (%)", title=photographs[0]["probe"])
         axes.legend(fontsize=7, frameon=False)
     if pixels := own.get("semantic-segmentation"):
         axes = figure.add_subplot(grid[0, 1])
         for index, record in enumerate(pixels):
             axes.plot(SEGMENT_NAMES, 100 * means(record, "right_by_size"), "o-", color=f"C{index}", ms=4)
-        axes.set(ylabel="pixels that are right (%)", xlabel="segment's share of the image", title=size_of(pixels[0]))
+        axes.set(ylabel="pixels that are right (%)", xlabel="segment's share of the image", title=pixels[0]["probe"])
         axes = figure.add_subplot(grid[1, :])
         values = 100 * np.array([means(record, "per_class_iou") for record in pixels])
         lost = values - values[0]

@@ -223,7 +223,9 @@ class DenseGapSettings:
     models: list[str] = setting(
         help='what is compared, each "name --flag of probe.py value ..."; the first is the reference', group="student"
     )
-    probes: list[str] = setting(help="configurations of probe.py, each with flags", group="images")
+    probes: list[str] = setting(
+        help='what the models are probed with, each "name = configuration of probe.py --flag value ..."', group="images"
+    )
     output_dir: str = setting(help="folder of the page, the figure and the numbers", group="run")
     runs_dir: str = setting(help="folder of what was measured of each model", group="run")
     class_names: list[str] | None = setting(
@@ -233,8 +235,9 @@ class DenseGapSettings:
     def __post_init__(self) -> None:
         check_settings(self)
         check_plan(self.models, [0])
-        if not self.probes or len(set(map(slug, self.probes))) < len(self.probes):
-            raise ValueError(f"probes are {self.probes}; there must be at least one, each once")
+        check_plan([name for name, _ in split_probes(self.probes)], [0])
+        if not all(flags for _, flags in split_probes(self.probes)):
+            raise ValueError(f"probes are {self.probes}; each must be 'name = configuration of probe.py'")
 
 
 def check_plan(variants: Sequence[str], seeds: Sequence[int]) -> None:
@@ -257,6 +260,12 @@ def split_variants(variants: Sequence[str]) -> list[tuple[str, list[str]]]:
         name, separator, flags = text.partition(" --")
         pairs.append((name.strip(), shlex.split(separator + flags)))
     return pairs
+
+
+def split_probes(probes: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Names, and the arguments of probe.py."""
+    pairs = (text.partition(" = ") for text in probes)
+    return [(name.strip(), shlex.split(arguments)) for name, _, arguments in pairs]
 
 
 def slug(name: str) -> str:

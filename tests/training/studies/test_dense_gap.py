@@ -83,7 +83,7 @@ def test_the_page_says_what_is_kept_and_where_most_is_lost():
         sizes = {"right_by_size": [[0.1, 0.2, 0.3, 0.4]] * 2, "pixels_by_size": [10, 20, 30, 40]}
         return classes | sizes | {"mean_iou": [sum(iou) / 4] * 2, "per_class_iou": [[*iou, None]] * 2}
 
-    records = [record("whole", "photos --x", photographs(0.8)), record("student", "photos --x", photographs(0.6))]
+    records = [record("whole", "photos, 8 px", photographs(0.8)), record("student", "photos, 8 px", photographs(0.6))]
     records += [
         record("whole", "street", pixels(0.9, 0.5, 0.7, 0.7)),
         record("student", "street", pixels(0.9, 0.2, 0.6, 0.7)),
@@ -98,7 +98,7 @@ def test_the_page_says_what_is_kept_and_where_most_is_lost():
 def test_what_was_measured_is_not_measured_again(teacher, tmp_path, monkeypatch, capsys):
     arguments = ["dense_gap.py", "--title", "T", "--models", f"whole --model {teacher} --output_dir unused"]
     arguments += [f"cut --model {teacher} --output_dir unused --num_layers 1", "--probes"]
-    arguments += [f"digits {DIGITS}", f"scenes_segmentation {SCENES}"]
+    arguments += [f"a = digits {DIGITS}", f"b = scenes_segmentation {SCENES}"]
     arguments += ["--output_dir", str(tmp_path / "out"), "--runs_dir", str(tmp_path / "runs")]
     monkeypatch.setattr("sys.argv", arguments)
     main()
@@ -112,12 +112,18 @@ def test_what_was_measured_is_not_measured_again(teacher, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"probes": []}, "probes are .*at least one"),
-        ({"probes": ["a --x 1", "a  --x 1"]}, "each once"),
+        ({"probes": ["a"]}, "probes are .*each must be"),
+        ({"probes": ["a = x", "A = y"]}, "their folders"),
         ({"models": ["a --model x", "A --model y"]}, "their folders"),
     ],
 )
 def test_a_plan_that_cannot_be_kept_apart_is_refused(changes, message):
-    fields = {"title": "T", "models": ["a --model x"], "probes": ["digits"], "output_dir": "out", "runs_dir": "runs"}
+    fields = {
+        "title": "T",
+        "models": ["a --model x"],
+        "probes": ["a = digits"],
+        "output_dir": "out",
+        "runs_dir": "runs",
+    }
     with pytest.raises(ValueError, match=message):
         DenseGapSettings(**fields | changes)
