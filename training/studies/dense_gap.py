@@ -120,8 +120,10 @@ def measure(models: Mapping[str, ProbeSettings]) -> dict[str, dict[str, Any]]:
     """
     settings = next(iter(models.values()))
     accelerator = Accelerator(mixed_precision=precision_of(settings.mixed_precision))
-    inputs = open_inputs(dataclasses.replace(settings, num_layers=None), accelerator)
-    depths = [own.num_layers or inputs.backbone.model.config.num_hidden_layers for own in models.values()]
+    wanted = [own.num_layers for own in models.values()]
+    deepest = None if None in wanted else max(wanted)
+    inputs = open_inputs(dataclasses.replace(settings, num_layers=deepest), accelerator)
+    depths = [depth or inputs.backbone.model.config.num_hidden_layers for depth in wanted]
     train, test = (
         pool(inputs, logged(batches, title, count, accelerator), depths, accelerator)
         for batches, title, count in (
