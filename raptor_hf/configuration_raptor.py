@@ -13,9 +13,13 @@ FFN_TYPES = ("mlp", "swiglu")
 DEPTH_CONDITIONINGS = ("none", "scale", "embedding", "low_rank")
 # what tells that an image needs no further step
 EXIT_CRITERIA = ("step_size", "second_difference", "head_margin")
-POSITION_TYPES = ("learned", "rotary_2d")
-POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias")
-EMBEDDING_NORMS = ("none", "tokens")
+POSITION_TYPES = ("learned", "learned_cropped", "rotary_2d", "rotary_2d_index", "sincos_2d", "none")
+POSITION_INTERPOLATIONS = ("bicubic", "bicubic_antialias", "bilinear_antialias")
+NORM_TYPES = ("layer_norm", "rms_norm")
+EMBEDDING_NORMS = ("none", "tokens", "patches")
+FINAL_NORMS = ("tokens", "pooled", "none")
+POOLING_TYPES = ("cls", "mean", "attention", "attention_mlp")
+CLASSIFIER_INPUTS = ("tokens", "pooled")
 # fields that are a family's unless they are given: what they are where `TEACHER_FAMILIES` says nothing
 FAMILY_FIELDS = {
     "has_cls": True,
@@ -23,23 +27,65 @@ FAMILY_FIELDS = {
     "position_interpolation": "bicubic",
     "patch_bias": True,
     "embedding_norm": "none",
+    "norm_type": "layer_norm",
     "key_bias": True,
+    "final_norm": "tokens",
+    "classifier_input": "tokens",
+}
+_CLIP = {"num_register_tokens": 0, "patch_bias": False, "embedding_norm": "tokens"}
+_BEIT = {
+    "num_register_tokens": 0,
+    "key_bias": False,
+    "position_type": lambda teacher: "learned" if teacher.use_absolute_position_embeddings else "none",
+    "final_norm": lambda teacher: "pooled" if teacher.use_mean_pooling else "tokens",
+    "pooling_type": lambda teacher: "mean" if teacher.use_mean_pooling else "cls",
+    "classifier_input": "pooled",
 }
 # family of the teacher -> what its students have, a value or how it is read from the teacher's configuration; registers
-# are as many as the teacher's configuration says where nothing is said here, and DeiT's distillation token is one
+# are as many as the teacher's configuration says where nothing is said here
 TEACHER_FAMILIES: dict[str, dict[str, Any]] = {
     "dinov2_with_registers": {"position_interpolation": "bicubic_antialias"},
     "dinov2": {"num_register_tokens": 0},
-    "vit": {"num_register_tokens": 0},
-    "deit": {"num_register_tokens": 1},
-    "vit_mae": {"num_register_tokens": 0},
-    "clip_vision_model": {"num_register_tokens": 0, "patch_bias": False, "embedding_norm": "tokens"},
-    "siglip_vision_model": {"num_register_tokens": 0, "has_cls": False},
     "dinov3_vit": {
         "position_type": "rotary_2d",
         "key_bias": lambda teacher: teacher.key_bias,
         "qkv_bias": lambda teacher: teacher.query_bias and teacher.value_bias,
         "ffn_type": lambda teacher: "swiglu" if teacher.use_gated_mlp else "mlp",
+    },
+    "vit": {"num_register_tokens": 0},
+    "deit": {"num_register_tokens": 1},  # its distillation token
+    "vit_mae": {"num_register_tokens": 0},
+    "vit_msn": {"num_register_tokens": 0},
+    "ijepa": {"num_register_tokens": 0, "has_cls": False},
+    "beit": _BEIT,
+    "data2vec-vision": _BEIT,
+    "clip_vision_model": _CLIP,
+    "metaclip_2_vision_model": _CLIP,
+    "mlcd_vision_model": _CLIP
+    | {"position_type": "rotary_2d_index", "rope_theta": lambda teacher: teacher.rope_parameters["rope_theta"]},
+    "siglip_vision_model": {"num_register_tokens": 0, "has_cls": False},
+    "siglip2_vision_model": {
+        "num_register_tokens": 0,
+        "has_cls": False,
+        "position_interpolation": "bilinear_antialias",
+        "image_size": lambda teacher: math.isqrt(teacher.num_patches) * teacher.patch_size,
+    },
+    "aimv2_vision_model": {
+        "num_register_tokens": 0,
+        "has_cls": False,
+        "position_type": lambda teacher: "sincos_2d" if teacher.is_native else "learned",
+        "embedding_norm": "patches",
+        "norm_type": "rms_norm",
+        "ffn_type": "swiglu",
+        "proj_bias": lambda teacher: teacher.qkv_bias,
+    },
+    "tipsv2_vision_model": {"position_interpolation": "bilinear_antialias"},
+    "radio": {
+        # all of its cls tokens but the first are among the registers
+        "num_register_tokens": lambda teacher: teacher.num_cls_tokens - 1 + teacher.num_registers,
+        "position_type": "learned_cropped",
+        "position_image_size": lambda teacher: teacher.max_img_size,
+        "final_norm": "none",
     },
 }
 EMBEDDING_TYPES = tuple(TEACHER_FAMILIES)
@@ -67,7 +113,15 @@ LARGEST = {
     "num_segmentation_labels": MAX_LABELS,
     "num_depth_bins": MAX_LABELS,
     "image_size": 65_536,
+    "position_image_size": 65_536,
+    "pooling_intermediate_size": 1_048_576,
     "patch_size": 65_536,
+}
+# what a teacher's configuration must say, if it says anything, for its layers to become blocks
+NEEDED_OF_LAYERS = {
+    "use_relative_position_bias": False,
+    "use_shared_relative_position_bias": False,
+    "num_key_value_groups": 1,
 }
 # what a teacher's configuration and ours share, under the same names, as far as the teacher has them
 TEACHER_FIELDS = (
@@ -90,7 +144,11 @@ TEACHER_FIELDS = (
     "reshape_hidden_states",
 )
 # the same under another name of the teacher's
-TEACHER_NAMES = {"attention_probs_dropout_prob": "attention_dropout", "ffn_bias": "mlp_bias"}
+TEACHER_NAMES = {
+    "attention_probs_dropout_prob": "attention_dropout",
+    "ffn_bias": "mlp_bias",
+    "layer_norm_eps": "rms_norm_eps",
+}
 
 
 @strict
@@ -169,16 +227,36 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Whether the first token is a cls token. Without one, heads read the mean patch in its place.
         position_type (`str`, *optional*):
             `"learned"`: a vector per patch of a square image is added to the patches, interpolated for other images.
-            `"rotary_2d"`: queries and keys of the patches are turned by angles of their row and column, each running
-            from -1 to 1 over the image.
+            `"learned_cropped"`: the same of a table for images of `position_image_size`, first shrunk bilinearly to a
+            square of the image's longer side, then cropped. `"sincos_2d"`: sines and cosines of column and row are
+            added. `"rotary_2d"`: queries and keys of the patches are turned by angles of their row and column, each
+            running from -1 to 1 over the image. `"rotary_2d_index"`: the same by the number of row and column, and the
+            cls token by learned angles. `"none"`: no positions.
         position_interpolation (`str`, *optional*):
-            How learned positions are interpolated: `"bicubic"` or `"bicubic_antialias"`.
+            How `"learned"` positions are interpolated: `"bicubic"`, `"bicubic_antialias"` or `"bilinear_antialias"`.
+        position_image_size (`int`, *optional*):
+            Side in pixels of the images that `"learned_cropped"` positions cover. Defaults to `image_size`.
         rope_theta (`float`, *optional*, defaults to 100.0):
             Ratio of the fastest to the slowest turning of rotary positions.
         patch_bias (`bool`, *optional*):
             Whether the projection of the patches has a bias.
         embedding_norm (`str`, *optional*):
-            `"tokens"`: a LayerNorm follows the embeddings. `"none"`: it does not.
+            `"tokens"`: a norm follows the embeddings. `"patches"`: it follows the projection of the patches, before
+            positions are added. `"none"`: there is none.
+        norm_type (`str`, *optional*):
+            All norms: `"layer_norm"`, or `"rms_norm"`, which neither centres nor shifts.
+        final_norm (`str`, *optional*):
+            What the norm after the last step is applied to: all `"tokens"`, what is `"pooled"` from them, or nothing,
+            `"none"`.
+        pooling_type (`str`, *optional*):
+            What `pooler_output` is: the `"cls"` token, the `"mean"` patch, `"attention"` of a learned query to all
+            tokens, or `"attention_mlp"`, that with a residual FFN after it. Defaults to the first, without a cls token
+            to the second.
+        pooling_intermediate_size (`int`, *optional*):
+            Inner width of the FFN of `"attention_mlp"`. Defaults to `intermediate_size`.
+        classifier_input (`str`, *optional*):
+            What a classifier reads: `"tokens"`, the cls token and the mean patch (without cls that alone), or
+            `"pooled"`, the `pooler_output`.
         apply_layernorm (`bool`, *optional*, defaults to `True`):
             Whether the backbone normalises its feature maps.
         reshape_hidden_states (`bool`, *optional*, defaults to `True`):
@@ -247,9 +325,15 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     has_cls: bool | None = None
     position_type: str | None = None
     position_interpolation: str | None = None
+    position_image_size: int | None = None
     rope_theta: float | int = 100.0
     patch_bias: bool | None = None
     embedding_norm: str | None = None
+    norm_type: str | None = None
+    final_norm: str | None = None
+    pooling_type: str | None = None
+    pooling_intermediate_size: int | None = None
+    classifier_input: str | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
     apply_layernorm: bool = True
@@ -276,6 +360,12 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             if getattr(self, name) is None:
                 value = family.get(name, default)
                 setattr(self, name, default if callable(value) else value)
+        if self.pooling_type is None:
+            self.pooling_type = "cls" if self.has_cls else "mean"
+        if self.position_image_size is None:
+            self.position_image_size = max(as_pair(self.image_size))
+        if self.pooling_intermediate_size is None:
+            self.pooling_intermediate_size = self.intermediate_size
         for name in ("intermediate_size", *LARGEST):
             _check_largest(name, getattr(self, name))
         _check_largest("num_labels", kwargs.get("num_labels"), MAX_LABELS)
@@ -484,23 +574,16 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 `layerscale_value` is never the teacher's.
 
         Raises:
-            ValueError: the teacher is of another family, or `block_repeats` does not sum to its layers.
+            ValueError: the teacher is of another family, its layers do what no block does, or `block_repeats` does not
+                sum to their number.
         """
-        family = teacher_config.model_type
-        if family not in EMBEDDING_TYPES:
-            raise ValueError(f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.")
-        names = [*zip(TEACHER_FIELDS, TEACHER_FIELDS, strict=True), *TEACHER_NAMES.items()]
-        fields = {name: getattr(teacher_config, theirs) for name, theirs in names if hasattr(teacher_config, theirs)}
-        fields |= _ffn_of(teacher_config)
-        for name, value in TEACHER_FAMILIES[family].items():
-            fields[name] = value(teacher_config) if callable(value) else value
-        if (
-            fields["ffn_type"] == "swiglu"
-            and not hasattr(teacher_config, "mlp_ratio")
-            and fields["hidden_act"] != "silu"
-        ):
-            raise ValueError(f"teacher_config has a gated FFN with {fields['hidden_act']!r}; it must be with 'silu'.")
-        fields["embedding_type"] = family
+        fields = teacher_fields(teacher_config)
+        # DINOv2's SwiGLU is with SiLU whatever its hidden_act
+        is_gated = fields["ffn_type"] == "swiglu" and not hasattr(teacher_config, "use_swiglu_ffn")
+        for name, wanted in (NEEDED_OF_LAYERS | ({"hidden_act": "silu"} if is_gated else {})).items():
+            if getattr(teacher_config, name, wanted) != wanted:
+                value = getattr(teacher_config, name)
+                raise ValueError(f"{name} of teacher_config is {value!r}; for a block it must be {wanted!r}.")
         fields["id2label"], fields["label2id"] = teacher_config.id2label, teacher_config.label2id
         config = cls(block_repeats=tuple(block_repeats), **(fields | overrides))
         if config.num_hidden_layers != teacher_config.num_hidden_layers:
@@ -522,6 +605,10 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             ("position_type", POSITION_TYPES),
             ("position_interpolation", POSITION_INTERPOLATIONS),
             ("embedding_norm", EMBEDDING_NORMS),
+            ("norm_type", NORM_TYPES),
+            ("final_norm", FINAL_NORMS),
+            ("pooling_type", POOLING_TYPES),
+            ("classifier_input", CLASSIFIER_INPUTS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
@@ -540,11 +627,19 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
                 f"{self.hidden_size}; nearest that do: {sorted(near)}."
             )
-        if self.position_type == "rotary_2d" and self.hidden_size // self.num_attention_heads % 4:
+        if self.pooling_type == "cls" and not self.has_cls:
+            raise ValueError("pooling_type is 'cls', but has_cls is False; it must be 'mean' or 'attention'.")
+        if self.position_image_size < max(as_pair(self.image_size)):
+            raise ValueError(
+                f"position_image_size is {self.position_image_size}; it must be at least image_size, {self.image_size}."
+            )
+        if self.position_type == "sincos_2d" and self.hidden_size % 4:
+            raise ValueError(f"hidden_size is {self.hidden_size}; for position_type 'sincos_2d' it must be 4 * n.")
+        if self.position_type.startswith("rotary") and self.hidden_size // self.num_attention_heads % 4:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, whose heads are "
                 f"{self.hidden_size // self.num_attention_heads} wide for hidden_size {self.hidden_size}; for "
-                "position_type 'rotary_2d' it must be a multiple of 4."
+                f"position_type {self.position_type!r} that must be a multiple of 4."
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
@@ -675,6 +770,24 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} is {kwargs[name]}; RaptorConfig takes ffn_type ({' or '.join(FFN_TYPES)}) and "
                     "intermediate_size instead."
                 )
+
+
+def teacher_fields(teacher_config: PreTrainedConfig) -> dict[str, Any]:
+    """
+    What a teacher's configuration says, as fields of [`RaptorConfig`], those of `FAMILY_FIELDS` all included.
+
+    Raises:
+        ValueError: the teacher is of no family in `TEACHER_FAMILIES`.
+    """
+    family = teacher_config.model_type
+    if family not in EMBEDDING_TYPES:
+        raise ValueError(f"teacher_config has model_type {family!r}; known are {', '.join(EMBEDDING_TYPES)}.")
+    names = [*zip(TEACHER_FIELDS, TEACHER_FIELDS, strict=True), *TEACHER_NAMES.items()]
+    fields = {name: getattr(teacher_config, theirs) for name, theirs in names if hasattr(teacher_config, theirs)}
+    fields |= FAMILY_FIELDS | _ffn_of(teacher_config)
+    for name, value in TEACHER_FAMILIES[family].items():
+        fields[name] = value(teacher_config) if callable(value) else value
+    return fields | {"embedding_type": family}
 
 
 def _ffn_of(teacher_config: PreTrainedConfig) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Conversion of weights: teacher to student, student to plain DINOv2, Meta's linear heads into either.
+"""Conversion of weights: teacher to student, student to a plain model of its family, Meta's linear heads into either.
 
     teacher = load_teacher("facebook/dinov2-with-registers-base")
     student = student_from_teacher(teacher, (7, 3, 2), init="first", depth_conditioning="low_rank")
-    to_dinov2(student).save_pretrained(folder)         # loads without this package
+    to_plain(student).save_pretrained(folder)          # a plain DINOv2, which loads without this package
 
 Checkpoints of the method's research code are read by `raptor_hf.research_checkpoints`.
 """
@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .configuration_raptor import TEACHER_FIELDS, RaptorConfig
-from .families import build_dinov2, count_parameters, find_classifier
+from .configuration_raptor import FAMILY_FIELDS, TEACHER_FIELDS, TEACHER_NAMES, RaptorConfig, teacher_fields
+from .families import FAMILIES, build_plain, count_parameters, find_classifier
 from .modeling_raptor import (
     RaptorEncoder,
     RaptorForImageClassification,
@@ -27,21 +27,24 @@ from .modeling_raptor import (
 from .phases import Partition
 from .teacher import Teacher
 
-__all__ = ["BlockInit", "count_parameters", "load_meta_linear_head", "student_from_teacher", "to_dinov2"]
+__all__ = ["BlockInit", "count_parameters", "load_meta_linear_head", "student_from_teacher", "to_dinov2", "to_plain"]
 
 BlockInit = Literal["random", "first", "middle", "mean"]
 
 # Fields that a student takes from its teacher unchanged: always, and if its blocks start from the teacher's layers.
 SHARED_FIELDS = (
-    "hidden_size",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "num_register_tokens",
-    "embedding_type",
-    "layer_norm_eps",
+    *("hidden_size", "num_channels", "image_size", "patch_size", "num_register_tokens", "embedding_type"),
+    *("layer_norm_eps", "position_image_size", "rope_theta", *FAMILY_FIELDS),
 )
-BLOCK_FIELDS = ("ffn_type", "intermediate_size", "hidden_act", "num_attention_heads", "qkv_bias")
+BLOCK_FIELDS = (
+    "ffn_type",
+    "intermediate_size",
+    "hidden_act",
+    "num_attention_heads",
+    "qkv_bias",
+    "proj_bias",
+    "ffn_bias",
+)
 
 DINOV2 = ("dinov2", "dinov2_with_registers")
 NOT_IN_DINOV2 = {
@@ -94,7 +97,14 @@ def student_from_teacher(
         student = student_class(config).eval()
     base = student.base_model
     base.embeddings.load_state_dict(teacher.embeddings_state_dict())
-    base.layernorm.load_state_dict(teacher.layernorm_state_dict())
+    if config.final_norm != "none":
+        (base.layernorm if config.final_norm == "tokens" else base.pooling.norm).load_state_dict(
+            teacher.layernorm_state_dict()
+        )
+    if config.pooling_type.startswith("attention"):
+        base.pooling.load_state_dict(teacher.pooling[1])
+    if base.encoder.rotary is not None:
+        base.encoder.rotary.load_state_dict(teacher.rotary_state_dict())
     if classifier is not None:
         student.classifier.load_state_dict(classifier)
     if init != "random":
@@ -103,44 +113,68 @@ def student_from_teacher(
     return student
 
 
+def to_plain(
+    student: RaptorForImageClassification | RaptorModel,
+    num_steps: int | None = None,
+    block_repeats: tuple[int, ...] | None = None,
+) -> PreTrainedModel:
+    """Unrolls a student into a plain model of its teacher's family, one layer per step.
+
+    "low_rank" conditioning is merged into the weights of every layer, in float64, and so is LayerScale in families
+    without it; a mask token is zero.
+
+    Args:
+        student: with depth conditioning "none" or "low_rank".
+        num_steps: layers of the result, as `RaptorModel.forward` takes it; None takes the student's L.
+        block_repeats: layers that each block becomes, as `RaptorModel.forward` takes it.
+
+    Returns:
+        A model of the family, such as `Dinov2Model`, or its `...ForImageClassification` if the student has a
+        classifier, with the student's labels, precision and device, in eval mode.
+
+    Raises:
+        ValueError: if the student is of another class or has no such steps, or the family has no setting for one of its
+            fields or no place for one of its weights.
+    """
+    if type(student).__name__ not in ("RaptorModel", "RaptorForImageClassification"):
+        raise ValueError(
+            f"student is a {type(student).__name__}; only RaptorModel and RaptorForImageClassification have a "
+            "counterpart in their family. Save it and load it as one of these"
+        )
+    base, classifier = student.base_model, find_classifier(student)
+    config = student.config
+    plan = config.step_plan(num_steps, block_repeats)
+    pooling = base.pooling.state_dict()
+    plain = _plain_config(config, len(plan))
+    model = build_plain(
+        plain,
+        embeddings=base.embeddings.state_dict(),
+        blocks=_unrolled_blocks(base.encoder, plan),
+        norm=base.layernorm.state_dict() or (base.pooling.norm.state_dict() if config.final_norm == "pooled" else {}),
+        pooling=pooling if config.pooling_type.startswith("attention") else None,
+        cls_angles=None if base.encoder.rotary is None else base.encoder.rotary.cls_angles,
+        classifier=None if classifier is None else _plain_classifier(classifier, config),
+        dtype=student.dtype,
+    )
+    return model.to(student.device)
+
+
 def to_dinov2(
     student: RaptorForImageClassification | RaptorModel,
     num_steps: int | None = None,
     block_repeats: tuple[int, ...] | None = None,
 ) -> PreTrainedModel:
-    """Unrolls a student into plain DINOv2, one layer per step, where DINOv2 can express it.
-
-    "low_rank" conditioning is merged into the weights of every layer, in float64; the mask token is zero.
-
-    Args:
-        student: of a DINOv2 teacher, with depth conditioning "none" or "low_rank".
-        num_steps: layers of the result, as `RaptorModel.forward` takes it; None takes the student's L.
-        block_repeats: layers that each block becomes, as `RaptorModel.forward` takes it.
-
-    Returns:
-        A `Dinov2Model` or `Dinov2WithRegistersModel`, or their `...ForImageClassification` if the student has a
-        classifier, with the student's labels, precision and device, in eval mode.
+    """`to_plain` for students of DINOv2 alone: a `Dinov2Model` or `Dinov2WithRegistersModel`, or one with a classifier.
 
     Raises:
-        ValueError: if the student is of another class or has no such steps, or DINOv2 has no setting for one of its
-            fields.
+        ValueError: if the student is of another family, and where `to_plain` raises it.
     """
-    if type(student).__name__ not in ("RaptorModel", "RaptorForImageClassification"):
+    if student.config.embedding_type not in DINOV2:
         raise ValueError(
-            f"student is a {type(student).__name__}; only RaptorModel and RaptorForImageClassification have a "
-            "counterpart in DINOv2. Save it and load it as one of these"
+            f"embedding_type={student.config.embedding_type!r} cannot become DINOv2; the student's must be one of "
+            f"{', '.join(DINOV2)}. to_plain makes a model of its own family"
         )
-    base, classifier = student.base_model, find_classifier(student)
-    plan = student.config.step_plan(num_steps, block_repeats)
-    model = build_dinov2(
-        _dinov2_config(student.config, len(plan)),
-        embeddings=base.embeddings.state_dict(),
-        blocks=_unrolled_blocks(base.encoder, plan),
-        layernorm=base.layernorm.state_dict(),
-        classifier=None if classifier is None else classifier.state_dict(),
-        dtype=student.dtype,
-    )
-    return model.to(student.device)
+    return to_plain(student, num_steps, block_repeats)
 
 
 def load_meta_linear_head(
@@ -193,13 +227,16 @@ def _student_config(
         if not block_repeats.is_contiguous:
             overrides = {**overrides, "block_schedule": block_repeats.layer_to_block}
         block_repeats = block_repeats.block_repeats
-    config = RaptorConfig.from_teacher(teacher.config, block_repeats, **overrides)
-    unchanged = RaptorConfig.from_teacher(teacher.config, block_repeats)
+    heads = teacher.head_fields()
+    config = RaptorConfig.from_teacher(teacher.config, block_repeats, **(heads | overrides))
+    unchanged = RaptorConfig.from_teacher(teacher.config, block_repeats, **heads)
     fields = SHARED_FIELDS
     if init != "random":
         fields += BLOCK_FIELDS
     if teacher.classifier_state_dict() is not None:
         fields += ("num_labels",)
+    if heads.get("pooling_type"):
+        fields += ("pooling_type", "pooling_intermediate_size", "num_attention_heads", "hidden_act", "qkv_bias")
     for name in fields:
         value, expected = getattr(config, name), getattr(unchanged, name)
         if value != expected:
@@ -237,9 +274,10 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
     merged["attention.qkv.weight"] = weights["attention.qkv.weight"] + step.qkv_up @ step.qkv_down
     merged["ffn.fc1.weight"] = weights["ffn.fc1.weight"] + step.ffn_up @ step.ffn_down
     merged["norm1.weight"] = weights["norm1.weight"] * (1 + step.norm1_gain)
-    merged["norm1.bias"] = weights["norm1.bias"] + step.norm1_shift
     merged["norm2.weight"] = weights["norm2.weight"] * (1 + step.norm2_gain)
-    merged["norm2.bias"] = weights["norm2.bias"] + step.norm2_shift
+    for number, shift in ((1, step.norm1_shift), (2, step.norm2_shift)):
+        if shift is not None:
+            merged[f"norm{number}.bias"] = weights[f"norm{number}.bias"] + shift
     merged["layer_scale1.lambda1"] = merged["layer_scale1.lambda1"] * (1 + step.layer_scale1_gain)
     merged["layer_scale2.lambda1"] = merged["layer_scale2.lambda1"] * (1 + step.layer_scale2_gain)
     for number, projection, shift in (
@@ -247,6 +285,8 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
         (2, "ffn.fc2", step.ffn_shift),
     ):
         if shift is not None:
+            if f"{projection}.bias" not in weights:
+                raise ValueError(f"branch_shifts=True cannot become layers whose {projection} has no bias")
             # LayerScale comes after the bias; of a feature that it removes, it is made one, and the feature's row zero
             scale, bias = merged[f"layer_scale{number}.lambda1"], weights[f"{projection}.bias"]
             removed = scale == 0
@@ -256,47 +296,46 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
     return merged
 
 
-def _dinov2_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
-    if config.embedding_type not in DINOV2:
-        raise ValueError(
-            f"embedding_type={config.embedding_type!r} cannot become DINOv2; the student's must be one of "
-            f"{', '.join(DINOV2)}"
-        )
+def _plain_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
+    family = config.embedding_type
     if config.depth_conditioning in NOT_IN_DINOV2:
         raise ValueError(
-            f"depth_conditioning={config.depth_conditioning!r} cannot become DINOv2: "
+            f"depth_conditioning={config.depth_conditioning!r} cannot become {_title(family)}: "
             f"{NOT_IN_DINOV2[config.depth_conditioning]}. 'none' and 'low_rank' can"
         )
     if config.block_layer_norm_eps != config.layer_norm_eps:
         raise ValueError(
             f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
-            "DINOv2 has one epsilon for all norms"
+            f"{_title(family)} has one epsilon for all norms"
         )
-    known = CONFIG_MAPPING[config.embedding_type]
-    fields = {name: getattr(config, name) for name in (*TEACHER_FIELDS, "layerscale_value") if hasattr(known, name)}
-    fields |= {"id2label": config.id2label, "label2id": config.label2id}
-    for name in ("initializer_range", "layer_norm_eps", "layerscale_value"):
-        fields[name] = float(fields[name])  # where we take integers too, DINOv2 does not
-    return AutoConfig.for_model(
-        config.embedding_type,
-        num_hidden_layers=num_layers,
-        use_swiglu_ffn=config.ffn_type == "swiglu",
-        mlp_ratio=_mlp_ratio(config),
-        **fields,
-    )
+    known = CONFIG_MAPPING[family]
+    names = {name: name for name in (*TEACHER_FIELDS, "layerscale_value", "intermediate_size")} | TEACHER_NAMES
+    fields = {theirs: getattr(config, ours) for ours, theirs in names.items() if hasattr(known, theirs)}
+    for name in ("initializer_range", "layer_norm_eps", "rms_norm_eps", "layerscale_value", "rope_theta"):
+        if name in fields:
+            fields[name] = float(fields[name])  # where we take integers too, others do not
+    fields |= FAMILIES[family].plain_fields(config) | {"id2label": config.id2label, "label2id": config.label2id}
+    plain = AutoConfig.for_model(family, num_hidden_layers=num_layers, **fields)
+    # what it says must be what the student is
+    for name, value in teacher_fields(plain).items():
+        own = getattr(config, name)
+        # a model without a pooler lacks the pooled norm
+        if own != value and name not in ("hidden_act", "pooling_type") and (own, value) != ("none", "pooled"):
+            raise ValueError(f"{name}={own!r} cannot become {_title(family)}, which has {value!r}")
+    return plain
 
 
-def _mlp_ratio(config: RaptorConfig) -> int:
-    """DINOv2's FFN is a whole multiple of D wide; its SwiGLU takes 2/3 of that, rounded up to a multiple of 8."""
-    width, dim = config.intermediate_size, config.hidden_size
-    swiglu = config.ffn_type == "swiglu"
-    around = int(width / dim * (1.5 if swiglu else 1))
-    widths = {}
-    for ratio in range(max(around - 1, 1), around + 2):
-        widths[(int(ratio * dim * 2 / 3) + 7) // 8 * 8 if swiglu else ratio * dim] = ratio
-    if width not in widths:
-        raise ValueError(
-            f"intermediate_size={width} is no width that DINOv2 can have for ffn_type={config.ffn_type!r} and "
-            f"hidden_size={dim}; nearest that are: {sorted(widths)}"
-        )
-    return widths[width]
+def _title(family: str) -> str:
+    return "DINOv2" if family in DINOV2 else f"a {family!r} model"
+
+
+def _plain_classifier(classifier: nn.Linear, config: RaptorConfig) -> dict[str, Tensor]:
+    """The classifier on what the family's own reads."""
+    weights, heads = classifier.state_dict(), FAMILIES[config.embedding_type].heads
+    if config.classifier_input == "pooled" or not config.has_cls or ("cls", "patches") in heads:
+        return weights
+    halves = dict(zip((("cls",), ("patches",)), weights["weight"].chunk(2, 1), strict=True))
+    kept = next((head for head in heads if head in halves), None)
+    if kept is None or any(half.any() for head, half in halves.items() if head != kept):
+        raise ValueError(f"the classifier reads more than {heads}, which is all that {config.embedding_type!r} has")
+    return weights | {"weight": halves[kept]}

@@ -3,14 +3,22 @@
 Nothing else in the package knows how a foreign model calls its parts. A further family is one more entry of `FAMILIES`.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from .configuration_raptor import teacher_fields
 from .tokens import TokenLayout
 
 # Part of a RaptorBlock -> the modules of a DINOv2 layer that it stacks, in order. Where there are several, they are the
@@ -54,6 +62,22 @@ CLIP_BLOCK = {
     "ffn.fc1": [("mlp.fc1",)],
     "ffn.fc2": [("mlp.fc2",)],
 }
+AIMV2_BLOCK = {
+    "norm1": [("rms_norm1",)],
+    "attention.qkv": [("attention.q_proj", "attention.k_proj", "attention.v_proj")],
+    "attention.proj": [("attention.out_proj",)],
+    "norm2": [("rms_norm2",)],
+    "ffn.fc1": [("ffn.gate_proj", "ffn.up_proj")],
+    "ffn.fc2": [("ffn.down_proj",)],
+}
+# LayerScale of BEiT's are parameters of the layer itself.
+BEIT_BLOCK = VIT_BLOCK | {"layer_scale1": [("lambda_1",)], "layer_scale2": [("lambda_2",)]}
+DATA2VEC_BLOCK = BEIT_BLOCK | {
+    "attention.qkv": [("attention.attention.query", "attention.attention.key", "attention.attention.value")],
+    "attention.proj": [("attention.output.dense",)],
+    "ffn.fc1": [("intermediate.dense",)],
+    "ffn.fc2": [("output.dense",)],
+}
 # Parameters of embeddings -> those of RaptorEmbeddings, where they are not called the same.
 DINOV3_EMBEDDINGS = {
     "patch_embeddings.weight": "patch_embeddings.projection.weight",
@@ -65,11 +89,34 @@ CLIP_EMBEDDINGS = {
     "patch_embedding.weight": "patch_embeddings.projection.weight",
     "patch_embedding.bias": "patch_embeddings.projection.bias",
 }
+AIMV2_EMBEDDINGS = {
+    "position_embedding.weight": "position_embeddings",
+    "patch_embed.weight": "patch_embeddings.projection.weight",
+    "patch_embed.bias": "patch_embeddings.projection.bias",
+    "rms_norm.weight": "norm.weight",
+}
+# The first of RADIO's rows is the cls token, the others are registers.
+RADIO_EMBEDDINGS = {
+    "patch_projection.weight": "patch_embeddings.projection.weight",
+    "position_embedding": "position_embeddings",
+    "cls_register_token": "register_tokens",
+}
+# Parameters of RaptorPooling -> those of a head that pools by attention: names, where several are stacked; SigLIP's are
+# in one matrix, as queries, keys and values.
+SIGLIP_POOLING = {
+    "proj": ("attention.out_proj",),
+    "norm": ("layernorm",),
+    "fc1": ("mlp.fc1",),
+    "fc2": ("mlp.fc2",),
+}
+AIMV2_POOLING = {"key_value": ("k_proj", "v_proj"), "proj": ("output_proj",)}
 
 
 @dataclass(frozen=True)
 class Family:
     """Where the models of one `model_type` keep their parts, as paths of submodules of the model without a head.
+
+    What their students are is in `configuration_raptor.TEACHER_FAMILIES`, which tokens come first as well.
 
     An entry is complete when every parameter of the model is of one of its parts: of a layer, the embeddings, a norm or
     the rotary positions, or of what only heads use (`unused`). If students can be made of it, every parameter of a
@@ -80,87 +127,204 @@ class Family:
         layers: a list of modules; whenever one is called, it returns the next state.
         embeddings: the module that returns states[0], unless there is a `pre_norm`.
         pre_norm: a norm between embeddings and layers, which then returns states[0].
-        final_norm: the norm after the last layer. (CLIP itself applies it to cls alone.)
-        has_cls: whether the first token is a cls token; register tokens follow it, then the patches.
-        num_extra_tokens: tokens in the place of registers that the configuration does not count.
+        final_norm: the norm after the last layer, None without one. (CLIP itself applies it to cls alone.)
+        pooled_norm: a norm of what a classifier reads, after the tokens' mean, where the model has one.
         heads: what a classifier may be a linear layer on, each a selection of "cls", "registers" and "patches" (their
             mean); the number of its inputs tells which it is.
         head_is_normed: whether the classifier comes after the final norm.
         unused: parts that only heads use, which checkpoints without these lack.
         must_interpolate: whether the model takes images of another size only when told to interpolate its positions.
         can_mask: whether the model masks and shuffles patches, by noise that can be given.
-        rotary: the module that returns the `position_embeddings` of all layers for images of their size.
-        layer_arguments: what a layer must be given beside its state.
+        conditioner: the module that normalises images in the model itself.
+        takes_patches: whether the model takes images as rows of patches, channels last, with a mask and their shape.
+        layers_see_shape: whether layers are given something that depends on the shape of the image.
+        rotary: a parameter of the positions that layers are given, beside the embeddings.
+        layer_arguments: what a layer must be given beside its state, where it does not depend on the shape.
+        pooling: how a `head` that pools by attention maps to a RaptorPooling, as `SIGLIP_POOLING`.
         block_parts: how a layer maps to a RaptorBlock, as `DINOV2_BLOCK`; empty if it cannot be one.
         embedding_names: how the embeddings' parameters map to those of RaptorEmbeddings, as `CLIP_EMBEDDINGS`.
+        model_class: of transformers, where no Auto class knows the family's models.
+        plain_fields: what the family's configuration says in words of its own, from that of a student.
     """
 
     layers: str
     embeddings: str = "embeddings"
     pre_norm: str | None = None
-    final_norm: str = "layernorm"
-    has_cls: bool = True
-    num_extra_tokens: int = 0
+    final_norm: str | None = "layernorm"
+    pooled_norm: str | None = None
     heads: tuple[tuple[str, ...], ...] = (("cls", "patches"),)
     head_is_normed: bool = True
     unused: tuple[str, ...] = ()
     must_interpolate: bool = False
     can_mask: bool = False
+    conditioner: str | None = None
+    takes_patches: bool = False
+    layers_see_shape: bool = False
     rotary: str | None = None
     layer_arguments: Mapping[str, Any] = field(default_factory=dict)
     block_parts: Mapping[str, list[tuple[str, ...]]] = field(default_factory=dict)
     embedding_names: Mapping[str, str] = field(default_factory=dict)
+    pooling: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    model_class: str | None = None
+    plain_fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda student: {}
 
 
+def _as_dinov2(student: PreTrainedConfig, whole: bool = True) -> dict[str, Any]:
+    """The FFN of DINOv2's: a multiple of D wide, a whole one or any; SwiGLU takes 2/3 of it, rounded up to 8 * n."""
+    width, dim, swiglu = student.intermediate_size, student.hidden_size, student.ffn_type == "swiglu"
+    exact = width / dim * (1.5 if swiglu else 1)
+    around = int(exact)
+    widths = {}
+    for ratio in (*(() if whole else (exact,)), *range(max(around - 1, 1), around + 2)):
+        widths[(int(int(ratio * dim) * 2 / 3) + 7) // 8 * 8 if swiglu else int(ratio * dim)] = ratio
+    if width not in widths:
+        raise ValueError(
+            f"intermediate_size={width} is no width that DINOv2 can have for ffn_type={student.ffn_type!r} and "
+            f"hidden_size={dim}; nearest that are: {sorted(widths)}"
+        )
+    return {"use_swiglu_ffn": swiglu, "mlp_ratio": widths[width]}
+
+
+def _as_dinov3(student: PreTrainedConfig) -> dict[str, Any]:
+    is_gated = student.ffn_type == "swiglu"
+    activation = {"hidden_act": "silu"} if is_gated else {}
+    biases = {"query_bias": student.qkv_bias, "key_bias": student.key_bias, "value_bias": student.qkv_bias}
+    return {"use_gated_mlp": is_gated} | activation | biases
+
+
+def _as_beit(student: PreTrainedConfig) -> dict[str, Any]:
+    return {
+        "use_absolute_position_embeddings": student.position_type == "learned",
+        "use_mean_pooling": student.final_norm != "tokens",
+        "use_relative_position_bias": False,
+        "use_shared_relative_position_bias": False,
+        "layer_scale_init_value": 1.0,
+    }
+
+
+def _as_radio(student: PreTrainedConfig) -> dict[str, Any]:
+    num_cls = min(3, student.num_register_tokens + 1)
+    counts = {"num_cls_tokens": num_cls, "num_registers": student.num_register_tokens + 1 - num_cls}
+    summary = {"summary_idxs": list(range(min(2, num_cls)))}
+    ffn = _as_dinov2(student, whole=False)
+    ffn["mlp_ratio"] = float(ffn["mlp_ratio"])
+    return ffn | counts | summary | {"max_img_size": student.position_image_size}
+
+
+CLIP_FAMILY = Family(
+    layers="encoder.layers",
+    pre_norm="pre_layrnorm",
+    final_norm="post_layernorm",
+    heads=(("patches",),),
+    head_is_normed=False,
+    must_interpolate=True,
+    layer_arguments={"attention_mask": None},
+    block_parts=CLIP_BLOCK,
+    embedding_names=CLIP_EMBEDDINGS,
+)
+SIGLIP_FAMILY = Family(
+    layers="encoder.layers",
+    final_norm="post_layernorm",
+    heads=(("patches",),),
+    unused=("head",),
+    must_interpolate=True,
+    layer_arguments={"attention_mask": None},
+    block_parts=CLIP_BLOCK,
+    embedding_names=CLIP_EMBEDDINGS,
+    pooling=SIGLIP_POOLING,
+    plain_fields=lambda student: {"vision_use_head": student.pooling_type == "attention_mlp"},
+)
+BEIT_FAMILY = Family(
+    layers="layers",
+    pooled_norm="pooler.layernorm",
+    heads=(("patches",), ("cls",)),
+    unused=("pooler",),
+    layers_see_shape=True,
+    block_parts=BEIT_BLOCK,
+    plain_fields=_as_beit,
+)
 FAMILIES = {
-    "dinov2": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK),
-    "dinov2_with_registers": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK),
+    "dinov2": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK, plain_fields=_as_dinov2),
+    "dinov2_with_registers": Family(layers="encoder.layer", block_parts=DINOV2_BLOCK, plain_fields=_as_dinov2),
     "dinov3_vit": Family(
         layers="model.layer",
         final_norm="norm",
-        rotary="rope_embeddings",
+        layers_see_shape=True,
         block_parts=DINOV3_BLOCK,
         embedding_names=DINOV3_EMBEDDINGS,
+        plain_fields=_as_dinov3,
     ),
     "vit": Family(layers="layers", heads=(("cls",),), unused=("pooler",), must_interpolate=True, block_parts=VIT_BLOCK),
-    # its distillation token stands where registers do; trained by distillation, it has a second head on that token
+    # trained by distillation, it has a second head, on its distillation token, which stands where registers do
     "deit": Family(
         layers="layers",
-        num_extra_tokens=1,
         heads=(("cls",), ("cls", "registers")),
         unused=("pooler",),
         must_interpolate=True,
         block_parts=VIT_BLOCK,
     ),
     "vit_mae": Family(layers="layers", must_interpolate=True, can_mask=True, block_parts=VIT_BLOCK),
-    "clip_vision_model": Family(
-        layers="encoder.layers",
-        pre_norm="pre_layrnorm",
-        final_norm="post_layernorm",
-        heads=(("patches",),),
-        head_is_normed=False,
-        must_interpolate=True,
-        layer_arguments={"attention_mask": None},
-        block_parts=CLIP_BLOCK,
-        embedding_names=CLIP_EMBEDDINGS,
+    "vit_msn": Family(layers="layers", heads=(("cls",),), must_interpolate=True, block_parts=VIT_BLOCK),
+    "ijepa": Family(
+        layers="layers", heads=(("patches",),), unused=("pooler",), must_interpolate=True, block_parts=VIT_BLOCK
     ),
-    "siglip_vision_model": Family(
+    "beit": BEIT_FAMILY,
+    "data2vec-vision": replace(BEIT_FAMILY, layers="encoder.layer", block_parts=DATA2VEC_BLOCK),
+    "clip_vision_model": CLIP_FAMILY,
+    "metaclip_2_vision_model": replace(CLIP_FAMILY, model_class="MetaClip2VisionModel"),
+    "mlcd_vision_model": replace(
+        CLIP_FAMILY,
+        must_interpolate=False,
+        layers_see_shape=True,
+        rotary="class_pos_emb",
+        plain_fields=lambda student: {"rope_parameters": {"rope_type": "axial", "rope_theta": student.rope_theta}},
+    ),
+    "siglip_vision_model": SIGLIP_FAMILY,
+    "siglip2_vision_model": replace(
+        SIGLIP_FAMILY,
+        must_interpolate=False,
+        takes_patches=True,
+        plain_fields=lambda student: {
+            "vision_use_head": student.pooling_type == "attention_mlp",
+            "num_patches": (student.image_size // student.patch_size) ** 2,
+        },
+    ),
+    "aimv2_vision_model": Family(
         layers="encoder.layers",
-        final_norm="post_layernorm",
-        has_cls=False,
-        heads=(("patches",),),
+        final_norm="rms_norm",
         unused=("head",),
-        must_interpolate=True,
-        layer_arguments={"attention_mask": None},
-        block_parts=CLIP_BLOCK,
-        embedding_names=CLIP_EMBEDDINGS,
+        block_parts=AIMV2_BLOCK,
+        embedding_names=AIMV2_EMBEDDINGS,
+        pooling=AIMV2_POOLING,
+        plain_fields=lambda student: {
+            "hidden_act": "silu",
+            "is_native": student.position_type == "sincos_2d",
+            "use_head": student.pooling_type == "attention",
+        },
+    ),
+    "tipsv2_vision_model": Family(
+        layers="encoder.layer", block_parts=DINOV2_BLOCK, plain_fields=partial(_as_dinov2, whole=False)
+    ),
+    "radio": Family(
+        layers="encoder.layer",
+        final_norm=None,
+        unused=("video_patch_projection",),
+        conditioner="input_conditioner",
+        block_parts=DINOV2_BLOCK,
+        embedding_names=RADIO_EMBEDDINGS,
+        plain_fields=_as_radio,
     ),
     # students, so that whatever analyses a teacher analyses them too
-    "raptor": Family(layers="encoder.blocks", heads=(("cls", "patches"), ("patches",))),
+    "raptor": Family(
+        layers="encoder.blocks",
+        pooled_norm="pooling.norm",
+        heads=(("cls", "patches"), ("patches",), ("cls",)),
+        unused=("pooling",),
+    ),
 }
 
 # Models of images and text, of which the `vision_model` is the teacher.
-TWO_TOWERS = ("clip", "siglip")
+TWO_TOWERS = ("clip", "siglip", "siglip2", "metaclip_2", "aimv2", "tipsv2")
 
 
 def check_family(config: PreTrainedConfig, source: str) -> None:
@@ -188,11 +352,12 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
 def token_layout(config: PreTrainedConfig) -> TokenLayout:
     """Returns which tokens of a state are cls, registers, patches, by the configuration of a backbone.
 
-    DeiT's distillation token counts as a register; a student has a cls token if its teacher has one.
+    DeiT's distillation token and all of RADIO's cls tokens but the first count as registers.
     """
-    family = FAMILIES[config.model_type]
-    num_registers = getattr(config, "num_register_tokens", 0) + family.num_extra_tokens
-    return TokenLayout(num_registers, getattr(config, "has_cls", family.has_cls))
+    if config.model_type == "raptor":
+        return TokenLayout(config.num_register_tokens, config.has_cls)
+    fields = teacher_fields(config)
+    return TokenLayout(fields["num_register_tokens"], fields["has_cls"])
 
 
 def find_classifier(model: PreTrainedModel) -> nn.Linear | None:
@@ -239,7 +404,7 @@ def block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) 
 
     Args:
         layer: of a model whose family has `block_parts`.
-        parts: these.
+        parts: these. A LayerScale may be a parameter of the layer, or None where the layer has none.
 
     Returns:
         Part to modules, in the order in which the part stacks them.
@@ -248,6 +413,11 @@ def block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) 
         RuntimeError: if the layer has none of the modules of a part.
     """
     modules = dict(layer.named_modules())
+    for name in ("lambda_1", "lambda_2"):
+        if isinstance(getattr(layer, name, None), nn.Parameter):
+            modules[name] = nn.ParameterDict({"lambda1": getattr(layer, name)})
+        elif hasattr(layer, name):
+            modules[name] = nn.Identity()
     found = {}
     for part, alternatives in parts.items():
         names = next((names for names in alternatives if all(name in modules for name in names)), None)
@@ -259,29 +429,124 @@ def block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) 
 
 def embeddings_to_raptor(model: PreTrainedModel) -> dict[str, Tensor]:
     """Returns a backbone's embeddings, and the norm that may follow them, under the names of RaptorEmbeddings."""
-    family = FAMILIES[model.config.model_type]
+    family, config = FAMILIES[model.config.model_type], model.config
     state = model.get_submodule(family.embeddings).state_dict()
     # DINOv2 with 0 registers keeps an empty tensor for them
-    weights = {family.embedding_names.get(n, n): t for n, t in state.items() if n != "mask_token" and t.numel()}
+    state = {n: t for n, t in state.items() if t.numel() and not is_unused(n, family)}
+    weights = {family.embedding_names.get(name, name): tensor for name, tensor in state.items()}
     if family.pre_norm is not None:
         weights |= {f"norm.{n}": t for n, t in model.get_submodule(family.pre_norm).state_dict().items()}
-    for name in {"cls_token", "position_embeddings"} & weights.keys():
-        # CLIP and SigLIP keep them without the dimension of the batch
-        weights[name] = weights[name].reshape(1, -1, model.config.hidden_size)
+    for name in {"cls_token", "register_tokens", "position_embeddings"} & weights.keys():
+        # some keep them without the dimension of the batch
+        weights[name] = weights[name].reshape(1, -1, config.hidden_size)
+    if "cls_register_token" in state:
+        weights["cls_token"], registers = weights.pop("register_tokens").tensor_split([1], 1)
+        weights |= {"register_tokens": registers} if registers.numel() else {}
     if "distillation_token" in weights:
         # a register has no position; the sum of both is one parameter as well
         cls, distillation, patches = weights["position_embeddings"].tensor_split([1, 2], 1)
         weights["register_tokens"] = weights.pop("distillation_token") + distillation
         weights["position_embeddings"] = torch.cat([cls, patches], 1)
+    name = "patch_embeddings.projection"
+    if weights[f"{name}.weight"].ndim == 2:
+        weights[f"{name}.weight"] = _as_convolution(weights[f"{name}.weight"], config, family)
+    if family.conditioner is not None:
+        # without padding, normalising the images is linear in them: it goes into the projection
+        module = model.get_submodule(family.conditioner)
+        mean, std = module.norm_mean.double(), module.norm_std.double()
+        weight = weights[f"{name}.weight"].double() / std
+        weights[f"{name}.weight"], weights[f"{name}.bias"] = weight, -(weight * mean).sum((1, 2, 3))
     return weights
+
+
+def _as_convolution(weight: Tensor, config: PreTrainedConfig, family: Family) -> Tensor:
+    """A projection of flattened patches, (D, C * patch * patch), as a kernel, (D, C, patch, patch)."""
+    patch = config.patch_size
+    if family.takes_patches:
+        return weight.reshape(-1, patch, patch, config.num_channels).permute(0, 3, 1, 2)
+    return weight.reshape(-1, config.num_channels, patch, patch)
+
+
+@torch.no_grad()
+def load_embeddings(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Loads embeddings under the names of RaptorEmbeddings into a backbone: the inverse of `embeddings_to_raptor`.
+
+    Raises:
+        ValueError: if the model normalises images in a way that these embeddings do not.
+    """
+    family, weights = FAMILIES[model.config.model_type], dict(weights)
+    module = model.get_submodule(family.embeddings)
+    state = {name: tensor for name, tensor in module.state_dict().items() if not is_unused(name, family)}
+    name = "patch_embeddings.projection"
+    if family.conditioner is not None:
+        conditioner = model.get_submodule(family.conditioner)
+        weight, bias = weights[f"{name}.weight"].double(), weights.pop(f"{name}.bias").double()
+        if not torch.allclose(-(weight * conditioner.norm_mean.to(weight)).sum((1, 2, 3)), bias, atol=1e-3):
+            raise ValueError("the patch bias is not that of the model's own normalisation of images")
+        weights[f"{name}.weight"] = weight * conditioner.norm_std.to(weight)
+    if "cls_register_token" in state:
+        tokens = [weights.pop("cls_token"), *([weights["register_tokens"]] if "register_tokens" in weights else [])]
+        weights["register_tokens"] = torch.cat(tokens, 1)
+    if "distillation_token" in state:
+        # its position is zero, and part of the token
+        cls, patches = weights["position_embeddings"].tensor_split([1], 1)
+        weights["position_embeddings"] = torch.cat([cls, torch.zeros_like(cls), patches], 1)
+        weights["distillation_token"] = weights.pop("register_tokens")
+    if family.takes_patches:
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].permute(0, 2, 3, 1)
+    if family.pre_norm is not None:
+        norm = model.get_submodule(family.pre_norm)
+        norm.load_state_dict({n: weights.pop(f"norm.{n}") for n in norm.state_dict()})
+    found = {name: family.embedding_names.get(name, name) for name, tensor in state.items() if tensor.numel()}
+    if lost := weights.keys() - set(found.values()):
+        raise ValueError(f"{type(model).__name__} has no place for {sorted(lost)}")
+    module.load_state_dict(module.state_dict() | {n: weights[own].reshape(state[n].shape) for n, own in found.items()})
+
+
+def pooling_to_raptor(model: PreTrainedModel) -> tuple[str, dict[str, Tensor]] | None:
+    """Returns the kind and the weights of a backbone's pooling by attention as a RaptorPooling's, None without one."""
+    parts, head = FAMILIES[model.config.model_type].pooling, getattr(model, "head", None)
+    if not parts or head is None:
+        return None
+    state = head.state_dict()
+    if "probe" in state:
+        matrix, bias = state["attention.in_proj_weight"], state["attention.in_proj_bias"]
+        # of a query that is always the same, its projection is the parameter
+        dim = matrix.shape[1]
+        weights = {"query": state["probe"] @ matrix[:dim].T + bias[:dim]}
+        weights |= {"key_value.weight": matrix[dim:], "key_value.bias": bias[dim:]}
+    else:
+        weights = {"query": state["cls_token"]}
+    for part, names in parts.items():
+        stacked = [head.get_submodule(name).state_dict() for name in names]
+        weights |= {f"{part}.{n}": torch.cat([tensors[n] for tensors in stacked]) for n in stacked[0]}
+    return "attention_mlp" if "fc1" in parts else "attention", weights
+
+
+@torch.no_grad()
+def load_pooling(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Loads the weights of a RaptorPooling into a backbone's head: the inverse of `pooling_to_raptor`."""
+    parts, head = FAMILIES[model.config.model_type].pooling, model.head
+    if hasattr(head, "probe"):
+        query = weights["query"].flatten()
+        head.probe.zero_()
+        attention = head.attention
+        # a probe of zero leaves the bias, which is the query
+        attention.in_proj_weight.copy_(torch.cat([torch.zeros(len(query), len(query)), weights["key_value.weight"]]))
+        attention.in_proj_bias.copy_(torch.cat([query, weights["key_value.bias"]]))
+    else:
+        head.cls_token.copy_(weights["query"])
+    for part, names in parts.items():
+        for index, name in enumerate(names):
+            module = head.get_submodule(name)
+            module.load_state_dict({n: weights[f"{part}.{n}"].chunk(len(names))[index] for n in module.state_dict()})
 
 
 def layer_to_raptor(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) -> dict[str, Tensor]:
     """Returns a layer of a family with these `block_parts` as weights of a RaptorBlock; LayerScale it lacks is one."""
-    found = block_modules(layer, parts)
     weights = {}
-    for part, modules in found.items():
-        stacked = [module.state_dict() for module in modules]
+    for part, modules in block_modules(layer, parts).items():
+        stacked = [dict(module.state_dict()) for module in modules]
         if part == "attention.qkv" and "bias" in stacked[0] and "bias" not in stacked[1]:
             # keys alone have none
             weights["attention.query_bias"], _, weights["attention.value_bias"] = (t.pop("bias", None) for t in stacked)
@@ -289,59 +554,113 @@ def layer_to_raptor(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]
     return {f"layer_scale{i}.lambda1": torch.ones_like(weights["norm1.weight"]) for i in (1, 2)} | weights
 
 
-def classifier_to_raptor(classifier: nn.Linear, head: tuple[str, ...]) -> dict[str, Tensor] | None:
+@torch.no_grad()
+def load_layer(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]], weights: Mapping[str, Tensor]) -> None:
+    """Loads the weights of a RaptorBlock into a layer: the inverse of `layer_to_raptor`.
+
+    A LayerScale that the layer lacks goes into the projection before it.
+
+    Raises:
+        ValueError: if the layer has no place for one of the weights.
+    """
+    weights = dict(weights)
+    for number, projection in ((1, "attention.proj"), (2, "ffn.fc2")):
+        if f"layer_scale{number}" not in parts:
+            scale = weights.pop(f"layer_scale{number}.lambda1")
+            weights[f"{projection}.weight"] = weights[f"{projection}.weight"] * scale[:, None]
+            if f"{projection}.bias" in weights:
+                weights[f"{projection}.bias"] = weights[f"{projection}.bias"] * scale
+    if "attention.query_bias" in weights:
+        query, value = weights.pop("attention.query_bias"), weights.pop("attention.value_bias")
+        weights["attention.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    used = set()
+    for part, modules in block_modules(layer, parts).items():
+        for index, module in enumerate(modules):
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                tensor.copy_(weights[f"{part}.{name}"].chunk(len(modules))[index])
+                used.add(f"{part}.{name}")
+    if lost := weights.keys() - used:
+        raise ValueError(f"{type(layer).__name__} has no place for {sorted(lost)}")
+
+
+def classifier_to_raptor(classifier: nn.Linear, head: tuple[str, ...], has_cls: bool) -> dict[str, Tensor] | None:
     """Returns a classifier as one on [cls, mean patch], or without cls on the mean patch, None where that cannot be.
 
     Args:
-        classifier: of a teacher whose head is normed.
+        classifier: of a teacher.
         head: what it is on, one of the `heads` of its family.
+        has_cls: whether a student has a cls token.
     """
     if "registers" in head:
         return None
     weights = classifier.state_dict()
-    if head == ("cls",):
-        # the mean patch has no say
-        weights["weight"] = torch.cat([weights["weight"], torch.zeros_like(weights["weight"])], 1)
+    if has_cls and len(head) == 1:
+        # the other has no say
+        halves = [weights["weight"], torch.zeros_like(weights["weight"])]
+        weights["weight"] = torch.cat(halves if head == ("cls",) else halves[::-1], 1)
     return weights
 
 
-@torch.no_grad()
-def build_dinov2(
+def build_plain(
     config: PreTrainedConfig,
     *,
     embeddings: Mapping[str, Tensor],
     blocks: Iterable[Mapping[str, Tensor]],
-    layernorm: Mapping[str, Tensor],
+    norm: Mapping[str, Tensor],
+    pooling: Mapping[str, Tensor] | None = None,
+    cls_angles: Tensor | None = None,
     classifier: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Builds a DINOv2 model from parts under Raptor's names: the inverse of the functions above.
+    """Builds a model of a family from parts under Raptor's names: the inverse of the functions above.
 
     Args:
-        config: of DINOv2, with or without registers.
-        embeddings: weights of RaptorEmbeddings; the mask token becomes zero.
+        config: of the model.
+        embeddings: weights of RaptorEmbeddings; a mask token becomes zero.
         blocks: weights of RaptorBlock, one per layer.
-        layernorm: weight and bias of the final norm.
+        norm: of the final norm, or of the pooled one.
+        pooling: weights of a RaptorPooling that attends.
+        cls_angles: of rotary positions that turn the cls token.
         classifier: weight and bias of the classifier; None builds a model without a head.
         dtype: precision of the model.
 
     Returns:
         The model, in eval mode, on the CPU.
+
+    Raises:
+        ValueError: if the model has no place for one of the weights.
     """
-    auto_class = AutoModel if classifier is None else AutoModelForImageClassification
-    model = auto_class.from_config(config, dtype=dtype).eval()
     family = FAMILIES[config.model_type]
-    target = model.base_model.get_submodule(family.embeddings)
-    target.load_state_dict(target.state_dict() | dict(embeddings))
-    for layer, weights in zip(model.base_model.get_submodule(family.layers), blocks, strict=True):
-        for part, modules in block_modules(layer, family.block_parts).items():
-            for index, module in enumerate(modules):
-                names = module.state_dict().keys()
-                module.load_state_dict({n: weights[f"{part}.{n}"].chunk(len(modules))[index] for n in names})
-    model.base_model.get_submodule(family.final_norm).load_state_dict(layernorm)
+    if classifier is not None:
+        classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
+        # of DeiT's, the first has one head
+        model = (classes[0] if isinstance(classes, tuple) else classes)._from_config(config, dtype=dtype)
+    elif family.model_class is not None:
+        model = getattr(transformers, family.model_class)._from_config(config, dtype=dtype)
+    else:
+        model = AutoModel.from_config(config, dtype=dtype)
+    model, backbone = model.eval(), find_backbone(model)
+    load_embeddings(backbone, embeddings)
+    for layer, weights in zip(backbone.get_submodule(family.layers), blocks, strict=True):
+        load_layer(layer, family.block_parts, weights)
+    if norm:
+        places = [family.final_norm, family.pooled_norm]
+        backbone.get_submodule(next(p for p in places if p and has_weights(backbone, p))).load_state_dict(norm)
+    if pooling is not None:
+        load_pooling(backbone, pooling)
+    if cls_angles is not None:
+        backbone.get_parameter(family.rotary).data.copy_(cls_angles)
     if classifier is not None:
         model.classifier.load_state_dict(classifier)
     return model
+
+
+def has_weights(model: nn.Module, path: str) -> bool:
+    """Whether a model has a module of that path, and the module has parameters."""
+    module = model
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module is not None and any(True for _ in module.parameters())
 
 
 def _mean_of_heads(first: nn.Linear, second: nn.Linear) -> nn.Linear:

@@ -115,30 +115,57 @@ class RaptorPatchEmbeddings(nn.Module):
         return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
 
+class RaptorRMSNorm(nn.Module):
+    """Root-mean-square norm (arXiv 1910.07467) whose scale can be changed for one call; it has no shift."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(
+        self, hidden_states: torch.Tensor, gain: torch.Tensor | None = None, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        weight = self.weight if gain is None else torch.addcmul(self.weight, self.weight, gain)
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return weight * wide.to(hidden_states.dtype)
+
+
+def _norm(config: RaptorConfig) -> nn.Module:
+    """A norm outside the blocks."""
+    kind = RaptorRMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
 class RaptorEmbeddings(nn.Module):
     """The teacher's embeddings: images (B, C, H, W) to tokens (B, T, D), ordered cls, registers, patches.
 
-    T = 1 + R + P, without cls R + P. A norm between embeddings and layers, CLIP's, belongs to them.
+    T = 1 + R + P, without cls R + P. Norms between patches and layers, such as CLIP's, belong to them.
     """
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
+        dim = config.hidden_size
         self.interpolation = config.position_interpolation
         self.patch_embeddings = RaptorPatchEmbeddings(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.has_cls else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.has_cls else None
         self.register_tokens = (
-            nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
-            if config.num_register_tokens
-            else None
+            nn.Parameter(torch.zeros(1, config.num_register_tokens, dim)) if config.num_register_tokens else None
         )
+        positions = {
+            "learned": config.has_cls + self.patch_embeddings.num_patches,
+            "learned_cropped": math.prod(config.position_image_size // p for p in as_pair(config.patch_size)),
+        }
+        self.position_type = config.position_type
         self.position_embeddings = (
-            nn.Parameter(torch.zeros(1, config.has_cls + self.patch_embeddings.num_patches, config.hidden_size))
-            if config.position_type == "learned"
+            nn.Parameter(torch.zeros(1, positions[config.position_type], dim))
+            if config.position_type in positions
             else None
         )
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        has_norm = config.embedding_norm == "tokens"
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if has_norm else None
+        self.norm = None if config.embedding_norm == "none" else _norm(config)
+        self.norm_of_patches = config.embedding_norm == "patches"
 
     def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
         """
@@ -163,25 +190,59 @@ class RaptorEmbeddings(nn.Module):
         grid = grid.to(self.position_embeddings.dtype).flatten(2).transpose(1, 2)
         return torch.cat((self.position_embeddings[:, :first], grid), dim=1)
 
+    def cropped_positions(self, height: int, width: int) -> torch.Tensor:
+        """
+        Positions of the patches of images of `height` x `width` pixels, (1, P, D): the upper left corner of the table
+        once it is shrunk to the longer side.
+        """
+        patch_height, patch_width = self.patch_embeddings.patch_size
+        rows, columns = height // patch_height, width // patch_width
+        side = math.isqrt(self.position_embeddings.shape[1])
+        grid = self.position_embeddings.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        longer = torch.sym_max(rows, columns)
+        grid = nn.functional.interpolate(grid.float(), size=(longer, longer), mode="bilinear", align_corners=False)
+        return grid[:, :, :rows, :columns].to(self.position_embeddings.dtype).flatten(2).transpose(1, 2)
+
+    def sincos_positions(self, height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+        """Sines and cosines of column and row of the patches of images of `height` x `width` pixels, (P, D)."""
+        patch_height, patch_width = self.patch_embeddings.patch_size
+        quarter = like.shape[-1] // 4
+        frequencies = 10_000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=like.device) / quarter)
+
+        def waves(count: int) -> torch.Tensor:
+            angles = torch.arange(count, dtype=torch.float32, device=like.device)[:, None] * frequencies
+            return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+        rows, columns = waves(height // patch_height), waves(width // patch_width)
+        columns, rows = torch.broadcast_tensors(columns[None], rows[:, None])
+        return torch.cat((columns, rows), dim=-1).flatten(0, 1).to(like.dtype)
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        tokens = self.patch_embeddings(pixel_values)
+        tokens, size = self.patch_embeddings(pixel_values), pixel_values.shape[2:]
+        if self.norm_of_patches:
+            tokens = self.norm(tokens)
+        if self.position_type == "learned_cropped":
+            tokens = tokens + self.cropped_positions(*size)
+        elif self.position_type == "sincos_2d":
+            tokens = tokens + self.sincos_positions(*size, tokens)
         if self.cls_token is not None:
             tokens = torch.cat((self.cls_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
-        if self.position_embeddings is not None:
-            tokens = tokens + self.interpolate_pos_encoding(pixel_values.shape[2], pixel_values.shape[3])
+        if self.position_type == "learned":
+            tokens = tokens + self.interpolate_pos_encoding(*size)
         if self.register_tokens is not None:
             registers = self.register_tokens.expand(tokens.shape[0], -1, -1)
             first = 0 if self.cls_token is None else 1
             tokens = torch.cat((tokens[:, :first], registers, tokens[:, first:]), dim=1)
         tokens = self.dropout(tokens)
-        return tokens if self.norm is None else self.norm(tokens)
+        return tokens if self.norm is None or self.norm_of_patches else self.norm(tokens)
 
 
 class RaptorRotaryPositions(nn.Module):
     """Rotary positions (arXiv 2104.09864) in two dimensions: the angles by which queries and keys of a token turn.
 
     They depend on the shape of the image alone and are the same in every step, so they are computed once per call. A
-    quarter of a head turns with the patch's row, a quarter with its column; cls and registers do not turn.
+    quarter of a head turns with the patch's row, a quarter with its column; cls and registers do not turn, but by
+    learned angles where `"rotary_2d_index"` has them for cls.
     """
 
     def __init__(self, config: RaptorConfig) -> None:
@@ -190,6 +251,8 @@ class RaptorRotaryPositions(nn.Module):
         self.num_prefix_tokens = config.num_prefix_tokens
         self.quarter = config.hidden_size // config.num_attention_heads // 4
         self.theta = config.rope_theta
+        self.by_index = config.position_type == "rotary_2d_index"
+        self.cls_angles = nn.Parameter(torch.zeros(1, 2 * self.quarter)) if self.by_index and config.has_cls else None
 
     def forward(
         self, image_size: tuple[int, int], device: torch.device | None = None, dtype: torch.dtype = torch.float32
@@ -207,14 +270,15 @@ class RaptorRotaryPositions(nn.Module):
         angles = torch.cat((rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1).flatten(
             0, 1
         )
-        angles = torch.cat((angles.new_zeros(self.num_prefix_tokens, 2 * self.quarter), angles))
+        prefix = [] if self.cls_angles is None else [self.cls_angles.float()]
+        prefix.append(angles.new_zeros(self.num_prefix_tokens - len(prefix), 2 * self.quarter))
+        angles = torch.cat((*prefix, angles))
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    @staticmethod
-    def coordinates(count: int, device: torch.device | None) -> torch.Tensor:
-        """The centres of so many patches side by side, of an image from -1 to 1, times 2 pi."""
-        centres = (torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count
-        return 2 * math.pi * (2 * centres - 1)
+    def coordinates(self, count: int, device: torch.device | None) -> torch.Tensor:
+        """Of so many patches side by side: their numbers, or 2 pi times their centres in an image from -1 to 1."""
+        numbers = torch.arange(count, dtype=torch.float32, device=device)
+        return numbers if self.by_index else 2 * math.pi * (2 * ((numbers + 0.5) / count) - 1)
 
 
 def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -383,6 +447,9 @@ class LowRankConditioner(TableConditioner):
         self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * dim, rank))
         self.ffn_down = nn.Parameter(torch.zeros(steps, rank, dim))
         self.ffn_up = nn.Parameter(torch.zeros(steps, ffn_width, rank))
+        if config.norm_type == "rms_norm":
+            # such a norm has no shift
+            self.vectors = tuple(name for name in self.vectors if name not in ("norm1_shift", "norm2_shift"))
         if config.branch_shifts:
             self.vectors += ("attention_shift", "ffn_shift")
         for name in self.vectors:
@@ -612,10 +679,11 @@ class RaptorBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
-        self.norm1 = RaptorLayerNorm(config.hidden_size, eps=config.block_layer_norm_eps)
+        norm = RaptorRMSNorm if config.norm_type == "rms_norm" else RaptorLayerNorm
+        self.norm1 = norm(config.hidden_size, eps=config.block_layer_norm_eps)
         self.attention = RaptorAttention(config)
         self.layer_scale1 = RaptorLayerScale(config)
-        self.norm2 = RaptorLayerNorm(config.hidden_size, eps=config.block_layer_norm_eps)
+        self.norm2 = norm(config.hidden_size, eps=config.block_layer_norm_eps)
         self.ffn = RaptorSwiGLU(config) if config.ffn_type == "swiglu" else RaptorMLP(config)
         self.layer_scale2 = RaptorLayerScale(config)
         self.drop_path = RaptorDropPath(config.drop_path_rate)
@@ -851,6 +919,12 @@ class RaptorPreTrainedModel(PreTrainedModel):
         elif isinstance(module, RaptorAttention) and module.query_bias is not None:
             init.zeros_(module.query_bias)
             init.zeros_(module.value_bias)
+        elif isinstance(module, RaptorRMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, RaptorRotaryPositions) and module.cls_angles is not None:
+            init.normal_(module.cls_angles, std=std)
+        elif isinstance(module, RaptorPooling) and module.query is not None:
+            init.trunc_normal_(module.query, std=std)
         elif isinstance(module, RaptorLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
         elif isinstance(module, LowRankConditioner):
@@ -896,7 +970,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         # beside the blocks, not in them: they are evaluated once for all steps, before the loop
         conditioner = CONDITIONERS[config.depth_conditioning]
         self.conditioners = nn.ModuleList([conditioner(config, block) for block in range(config.num_blocks)])
-        self.rotary = RaptorRotaryPositions(config) if config.position_type == "rotary_2d" else None
+        self.rotary = RaptorRotaryPositions(config) if config.position_type.startswith("rotary") else None
         self.plan = config.step_plan()
         self.post_init()
 
@@ -1075,14 +1149,59 @@ class RaptorEncoder(RaptorPreTrainedModel):
         return RaptorEncoderOutput(last_hidden_state=hidden_states)
 
 
+class RaptorPooling(nn.Module):
+    """The teacher's pooling: tokens (B, T, D) after the final norm to one vector per image, (B, D).
+
+    It has weights where the teacher's has them: a norm after it, or a learned query that attends to all tokens.
+    """
+
+    def __init__(self, config: RaptorConfig) -> None:
+        super().__init__()
+        dim, self.kind = config.hidden_size, config.pooling_type
+        self.num_prefix_tokens, self.num_heads = config.num_prefix_tokens, config.num_attention_heads
+        self.query = self.key_value = self.proj = self.fc1 = self.fc2 = None
+        if self.kind.startswith("attention"):
+            self.query = nn.Parameter(torch.zeros(1, 1, dim))
+            self.key_value = _linear(dim, 2 * dim, "qkv", bias=config.qkv_bias)
+            self.proj = _linear(dim, dim, "proj")
+        if self.kind == "attention_mlp":
+            self.fc1 = _linear(dim, config.pooling_intermediate_size, "ffn")
+            self.activation = ACT2FN[config.hidden_act]
+            self.fc2 = _linear(config.pooling_intermediate_size, dim, "ffn")
+        has_norm = config.final_norm == "pooled" or self.kind == "attention_mlp"
+        self.norm = _norm(config) if has_norm else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.query is not None:
+            pooled = self._attend(tokens)
+        else:
+            pooled = tokens[:, 0] if self.kind == "cls" else tokens[:, self.num_prefix_tokens :].mean(dim=1)
+        if self.fc1 is not None:
+            return pooled + self.fc2(self.activation(self.fc1(self.norm(pooled))))
+        return pooled if self.norm is None else self.norm(pooled)
+
+    def _attend(self, tokens: torch.Tensor) -> torch.Tensor:
+        batch, count, dim = tokens.shape
+        split = self.key_value(tokens).view(batch, count, 2, self.num_heads, dim // self.num_heads)
+        key, value = split.permute(2, 0, 3, 1, 4).unbind()
+        query = self.query.to(key.dtype).view(1, self.num_heads, 1, -1).expand(batch, -1, -1, -1)
+        return self.proj(nn.functional.scaled_dot_product_attention(query, key, value).reshape(batch, dim))
+
+
+def _final_norm(config: RaptorConfig) -> nn.Module:
+    """The norm of all tokens after the last step, the identity where there is none."""
+    return _norm(config) if config.final_norm == "tokens" else nn.Identity()
+
+
 class RaptorModel(RaptorPreTrainedModel):
-    """The recurrent backbone: the teacher's embeddings, the blocks, the teacher's final LayerNorm."""
+    """The recurrent backbone: the teacher's embeddings, the blocks, the teacher's final norm and pooling."""
 
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__(config)
         self.embeddings = RaptorEmbeddings(config)
         self.encoder = RaptorEncoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = _final_norm(config)
+        self.pooling = RaptorPooling(config)
         self.post_init()
 
     def get_input_embeddings(self) -> RaptorPatchEmbeddings:
@@ -1116,10 +1235,10 @@ class RaptorModel(RaptorPreTrainedModel):
                 `raptor_hf.calibrate_exit` saves it.
 
         Returns:
-            `RaptorModelOutput`: `last_hidden_state` (B, T, D) after the final LayerNorm, `pooler_output` (B, D) its cls
-            token, or its mean patch where there is none; on request `hidden_states`, one more than there are steps,
-            before the final norm, with `depths`, the layer that each of them stands for, and `attentions`, one per
-            step; with `exit_criterion` `num_steps`, (B,), the steps of each image.
+            `RaptorModelOutput`: `last_hidden_state` (B, T, D) after the final norm, `pooler_output` (B, D) what
+            `config.pooling_type` makes of it, in most families its cls token; on request `hidden_states`, one more than
+            there are steps, before the final norm, with `depths`, the layer that each of them stands for, and
+            `attentions`, one per step; with `exit_criterion` `num_steps`, (B,), the steps of each image.
         """
         encoded = self.encoder.run(
             self.embeddings(pixel_values),
@@ -1133,7 +1252,7 @@ class RaptorModel(RaptorPreTrainedModel):
         tokens = self.layernorm(encoded.last_hidden_state)
         return RaptorModelOutput(
             last_hidden_state=tokens,
-            pooler_output=_summary_token(tokens, self.config)[:, 0],
+            pooler_output=self.pooling(tokens),
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             depths=encoded.depths,
@@ -1153,7 +1272,7 @@ class RaptorBackbone(BackboneMixin, RaptorPreTrainedModel):
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
         self.embeddings = RaptorEmbeddings(config)
         self.encoder = RaptorEncoder(config)
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = _final_norm(config)
         self.post_init()
 
     def get_input_embeddings(self) -> RaptorPatchEmbeddings:
@@ -1206,7 +1325,7 @@ class RaptorBackbone(BackboneMixin, RaptorPreTrainedModel):
 class RaptorForImageClassification(RaptorPreTrainedModel):
     """A linear layer on [cls, mean patch] after the final LayerNorm, DINOv2's classification head.
 
-    Without a cls token it is on the mean patch alone.
+    Without a cls token it is on the mean patch alone, and on what is pooled where `config.classifier_input` says so.
     """
 
     _head_fields = ("id2label",)
@@ -1215,7 +1334,8 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.raptor = RaptorModel(config)
-        width = (config.has_cls + 1) * config.hidden_size
+        reads_both = config.has_cls and config.classifier_input == "tokens"
+        width = (reads_both + 1) * config.hidden_size
         self.classifier = _linear(width, config.num_labels, "head") if config.num_labels else nn.Identity()
         self.post_init()
 
@@ -1267,8 +1387,10 @@ class RaptorForImageClassification(RaptorPreTrainedModel):
     def features(self, tokens: torch.Tensor) -> torch.Tensor:
         """
         What the head reads: [cls, mean patch], (B, 2 D), without cls the mean patch, (B, D), of the tokens after the
-        final LayerNorm, (B, T, D).
+        final LayerNorm, (B, T, D); or what is pooled from them, (B, D).
         """
+        if self.config.classifier_input == "pooled":
+            return self.raptor.pooling(tokens)
         mean = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)
         return torch.cat((tokens[:, 0], mean), dim=1) if self.config.has_cls else mean
 

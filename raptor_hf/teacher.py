@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from raptor_settings.resources import find_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from .configuration_raptor import as_pair
+from .configuration_raptor import FAMILY_FIELDS, as_pair, teacher_fields
 from .families import (
     FAMILIES,
     check_family,
@@ -32,8 +33,10 @@ from .families import (
     embeddings_to_raptor,
     find_backbone,
     find_classifier,
+    has_weights,
     is_unused,
     layer_to_raptor,
+    pooling_to_raptor,
     token_layout,
     vision_config,
 )
@@ -77,6 +80,11 @@ def load_teacher(
     has_classifier = any("ForImageClassification" in name for name in config.architectures or ())
     model_config = config if has_classifier else vision_config(config)
     auto_class = AutoModelForImageClassification if has_classifier else AutoModel
+    model_class = FAMILIES[model_config.model_type].model_class if not has_classifier else None
+    if model_class is not None:
+        # no Auto class knows the vision tower: it is loaded as it was saved, alone or with the text tower
+        auto_class = getattr(transformers, model_class) if model_config is config else AutoModel
+        model_config = config
     options = {"attn_implementation": attn_implementation, "variant": variant}
     options = {name: value for name, value in options.items() if value is not None}
     model, info = auto_class.from_pretrained(
@@ -140,6 +148,9 @@ class Teacher(nn.Module):
         self.layers = tuple(range(1, depth + 1) if layers is None else layers)
         if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(1, depth + 1)}):
             raise ValueError(f"layers={self.layers} must be layers of the model in 1..{depth}, ascending, each once")
+        own = self.model.config
+        names = ("image_size", "pooling_type", *FAMILY_FIELDS)
+        self.facts = {n: getattr(own, n) for n in names} if self.family == "raptor" else teacher_fields(own)
         self.classifier = find_classifier(model)
         if self.classifier is not None and self.model.config is not model.config:
             self.model.config.id2label, self.model.config.label2id = model.config.id2label, model.config.label2id
@@ -204,7 +215,7 @@ class Teacher(nn.Module):
     @property
     def image_size(self) -> int | tuple[int, int]:
         """Side in pixels of the images that the position embeddings are for, or (height, width), as configured."""
-        return self.config.image_size
+        return self.facts["image_size"]
 
     @property
     def num_parameters(self) -> int:
@@ -220,7 +231,11 @@ class Teacher(nn.Module):
         Returns:
             The model's own output.
         """
-        return self.model(pixel_values.to(self.model.dtype), **self._image_arguments(pixel_values), **kwargs)
+        arguments = self._image_arguments(pixel_values)
+        if FAMILIES[self.family].takes_patches:
+            shape = pixel_values.shape[0], self._num_patches(pixel_values)
+            arguments["pixel_attention_mask"] = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
+        return self.model(self._images(pixel_values), **arguments, **kwargs)
 
     @torch.no_grad()
     def trajectory(self, pixel_values: Tensor) -> Tensor:
@@ -272,7 +287,10 @@ class Teacher(nn.Module):
         family = FAMILIES[self.family]
         embeddings = self.model.get_submodule(family.embeddings)
         # MAE's give its mask, too
-        state = _first(embeddings(pixel_values.to(self.model.dtype), **self._image_arguments(pixel_values)))
+        images = self._images(pixel_values)
+        if family.conditioner is not None:
+            images = self.model.get_submodule(family.conditioner)(images)
+        state = _first(embeddings(images, **self._image_arguments(pixel_values)))
         return state if family.pre_norm is None else self.model.get_submodule(family.pre_norm)(state)
 
     @torch.no_grad()
@@ -286,7 +304,7 @@ class Teacher(nn.Module):
             state: tokens to begin with, (B, T, D), before the final norm.
             layers: 1 .. L, in the order of application.
             image_size: height and width in pixels of the images that the state is of, which rotary positions, those of
-                DINOv3, depend on; None stands for a square of patches. Other families do not need it.
+                DINOv3, depend on; None stands for a square of patches. Most families do not need it.
 
         Returns:
             The given state and that after each layer, (B, len(layers) + 1, T, D).
@@ -306,6 +324,19 @@ class Teacher(nn.Module):
             states.append(state)
         return torch.stack(states, 1)
 
+    def _images(self, pixel_values: Tensor) -> Tensor:
+        """The images as the model's embeddings take them."""
+        family, pixel_values = FAMILIES[self.family], pixel_values.to(self.model.dtype)
+        if not family.takes_patches:
+            return pixel_values
+        height, width = as_pair(self.patch_size)
+        patches = pixel_values.unfold(2, height, height).unfold(3, width, width)  # (B, C, rows, columns, height, width)
+        return patches.permute(0, 2, 3, 4, 5, 1).reshape(len(pixel_values), self._num_patches(pixel_values), -1)
+
+    def _num_patches(self, pixel_values: Tensor) -> int:
+        height, width = as_pair(self.patch_size)
+        return (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
+
     def _image_arguments(self, pixel_values: Tensor) -> dict[str, Any]:
         """What the model, and its embeddings alone, are given beside the images."""
         family, arguments = FAMILIES[self.family], {}
@@ -313,20 +344,22 @@ class Teacher(nn.Module):
         if family.must_interpolate and size != as_pair(self.image_size):
             arguments["interpolate_pos_encoding"] = True
         if family.can_mask:
-            height, width = as_pair(self.patch_size)
-            num_patches = (size[0] // height) * (size[1] // width)
-            # it sorts the patches by this noise
-            arguments["noise"] = torch.arange(num_patches, device=pixel_values.device).expand(len(pixel_values), -1)
+            noise = torch.arange(self._num_patches(pixel_values), device=pixel_values.device)
+            arguments["noise"] = noise.expand(len(pixel_values), -1)  # it sorts the patches by this
+        if family.takes_patches:
+            grid = [pixels // patch for pixels, patch in zip(size, as_pair(self.patch_size), strict=True)]
+            arguments["spatial_shapes"] = torch.tensor([grid] * len(pixel_values), device=pixel_values.device)
         return arguments
 
     def _layer_calls(self, state: Tensor, image_size: tuple[int, int] | None) -> list[Callable[[Tensor], Any]]:
         """What applies the model's layer l to a state such as this one, at index l - 1."""
         if self.family != "raptor":
             family = FAMILIES[self.family]
-            arguments = dict(family.layer_arguments)
-            if family.rotary is not None:
-                arguments["position_embeddings"] = self._rotary_positions(state, image_size)
-            return [functools.partial(layer, **arguments) for layer in self.model.get_submodule(family.layers)]
+            layers = self.model.get_submodule(family.layers)
+            if not family.layers_see_shape:
+                return [functools.partial(layer, **family.layer_arguments) for layer in layers]
+            args, kwargs = self._seen_by_layers(state, image_size)
+            return [lambda state, layer=layer: layer(state, *args, **kwargs) for layer in layers]
         encoder = self.model.encoder
         positions = None if encoder.rotary is None else encoder.positions(state, self._size_of(state, image_size))
         steps = zip(encoder.plan, encoder.modulations(encoder.plan), strict=True)
@@ -337,11 +370,23 @@ class Teacher(nn.Module):
             for step, ((block, _), modulation) in enumerate(steps, start=1)
         ]
 
-    def _rotary_positions(self, state: Tensor, image_size: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
-        # the module reads shape, precision and device of the images, nothing of what is on them
-        size = self._size_of(state, image_size)
-        blank = torch.zeros((), dtype=self.model.dtype, device=state.device).expand(1, 1, *size)
-        return self.model.get_submodule(FAMILIES[self.family].rotary)(blank)
+    def _seen_by_layers(
+        self, state: Tensor, image_size: tuple[int, int] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model gives its layers beside a state of images of this size: rotary positions, or a bias."""
+        # read on a blank image: it depends on the shape alone
+        blank = torch.zeros((), dtype=self.model.dtype, device=state.device)
+        blank = blank.expand(1, self.model.config.num_channels, *self._size_of(state, image_size))
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first = self.model.get_submodule(FAMILIES[self.family].layers)[0]
+        handle = first.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((args[1:], kwargs)), with_kwargs=True
+        )
+        try:
+            self(blank)
+        finally:
+            handle.remove()
+        return seen[0]
 
     def _size_of(self, state: Tensor, image_size: tuple[int, int] | None) -> tuple[int, int]:
         """Height and width of the images that a state is of; None stands for a square of patches."""
@@ -361,7 +406,10 @@ class Teacher(nn.Module):
 
         A state of another precision, a student's for example, is first brought to the model's.
         """
-        norm = self.model.get_submodule(FAMILIES[self.family].final_norm)
+        path = FAMILIES[self.family].final_norm
+        if path is None or not has_weights(self.model, path):
+            return state.to(self.model.dtype)
+        norm = self.model.get_submodule(path)
         return norm(state.to(norm.weight.dtype))
 
     def logits(self, last_state: Tensor) -> Tensor | None:
@@ -385,16 +433,21 @@ class Teacher(nn.Module):
             Groups of tokens side by side, the patches as their mean: (B, 2 D) for cls and patches.
         """
         is_normed = self.classifier is None or FAMILIES[self.family].head_is_normed
-        norm = self.model.get_submodule(FAMILIES[self.family].final_norm)
-        state = self.final_norm(last_state) if is_normed else last_state.to(norm.weight.dtype)
+        state = self.final_norm(last_state) if is_normed else last_state.to(self.model.dtype)
         groups = {name: state[:, tokens] for name, tokens in self.tokens.slices.items()}
         groups["patches"] = groups["patches"].mean(1)
-        return torch.cat([groups[name].flatten(1) for name in self.head], 1)
+        features = torch.cat([groups[name].flatten(1) for name in self.head], 1)
+        norm = FAMILIES[self.family].pooled_norm
+        if self.facts["classifier_input"] == "pooled" and norm is not None and has_weights(self.model, norm):
+            features = self.model.get_submodule(norm)(features)
+        return features
 
     @property
     def head(self) -> tuple[str, ...]:
         """The groups of tokens that the classifier is on, or that a probe would be on."""
         heads = [head for head in FAMILIES[self.family].heads if {*head} <= {*self.tokens.slices}]
+        if self.facts["classifier_input"] == "pooled":
+            return ("cls",) if self.facts["pooling_type"] == "cls" else ("patches",)
         if self.classifier is None:
             return heads[0]
         width = self.classifier.in_features
@@ -408,20 +461,49 @@ class Teacher(nn.Module):
         return embeddings_to_raptor(self.model)
 
     def layernorm_state_dict(self) -> dict[str, Tensor]:
-        """The final norm under the names of `nn.LayerNorm`."""
-        return self.model.get_submodule(FAMILIES[self.family].final_norm).state_dict()
+        """The final norm, or that of what is pooled, under the names of `nn.LayerNorm`; empty without either."""
+        family = FAMILIES[self.family]
+        places = (path for path in (family.final_norm, family.pooled_norm) if path and has_weights(self.model, path))
+        path = next(places, None)
+        return {} if path is None else self.model.get_submodule(path).state_dict()
+
+    def rotary_state_dict(self) -> dict[str, Tensor]:
+        """What rotary positions have of parameters, under the names of RaptorRotaryPositions."""
+        path = FAMILIES[self.family].rotary
+        if self.family == "raptor":
+            return self.model.encoder.rotary.state_dict()
+        return {} if path is None else {"cls_angles": self.model.get_parameter(path)}
+
+    @functools.cached_property
+    def pooling(self) -> tuple[str, dict[str, Tensor]] | None:
+        """The kind and the weights of a pooling by attention, those of RaptorPooling; None without one."""
+        return pooling_to_raptor(self.model)
+
+    def head_fields(self) -> dict[str, Any]:
+        """Fields of `RaptorConfig` that depend on the heads of this model, and not on its configuration alone."""
+        if self.classifier is not None:
+            # a classifier on tokens without the norm: that is then the pooled vector's alone
+            return {} if FAMILIES[self.family].head_is_normed else {"final_norm": "pooled"}
+        if self.pooling is None:
+            # a pooled norm is a part of the pooler, which a model without heads may lack
+            has_norm = self.facts["final_norm"] != "pooled" or self.layernorm_state_dict()
+            return {} if has_norm else {"final_norm": "none"}
+        kind, weights = self.pooling
+        width = {"pooling_intermediate_size": len(weights["fc1.bias"])} if "fc1.bias" in weights else {}
+        return {"pooling_type": kind} | width
 
     def classifier_state_dict(self) -> dict[str, Tensor] | None:
-        """The classifier under the names of RaptorForImageClassification's, as one on [cls, mean patch].
+        """The classifier under the names of RaptorForImageClassification's, as one on what that reads.
 
         Returns:
             weight, (num_labels, 2 D), zero for what the teacher's does not read, or without cls (num_labels, D); and
-            bias, (num_labels,). None without a classifier, and if a student can have none like it: CLIP's comes
-            without the norm, that of a distilled DeiT is also on the distillation token.
+            bias, (num_labels,). None without a classifier, and if a student can have none like it: that of a distilled
+            DeiT is also on the distillation token.
         """
-        if self.classifier is None or not FAMILIES[self.family].head_is_normed:
+        if self.classifier is None:
             return None
-        return classifier_to_raptor(self.classifier, self.head)
+        reads_both = self.has_cls and self.facts["classifier_input"] == "tokens"
+        return classifier_to_raptor(self.classifier, self.head, reads_both)
 
     def span(self, layer: int) -> range:
         """The model's layers that one layer of this teacher, 1 .. L, stands for: itself, where it has them all."""

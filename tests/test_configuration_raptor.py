@@ -11,10 +11,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForSemanticSegmentation,
-    BeitConfig,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
+    SwinConfig,
     ViTConfig,
 )
 
@@ -168,8 +168,8 @@ def test_student_of_a_teacher_has_its_shapes(teacher_class, swiglu):
 def test_teacher_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"block_repeats is \(7, 3\), which sums to 10; .* 12 layers"):
         RaptorConfig.from_teacher(Dinov2Config(), (7, 3))
-    with pytest.raises(ValueError, match="model_type 'beit'; known are dinov2_with_registers, dinov2"):
-        RaptorConfig.from_teacher(BeitConfig(), (7, 3, 2))
+    with pytest.raises(ValueError, match="model_type 'swin'; known are dinov2_with_registers, dinov2"):
+        RaptorConfig.from_teacher(SwinConfig(), (7, 3, 2))
 
 
 @pytest.mark.parametrize("other", [Dinov2WithRegistersConfig(), ViTConfig()], ids=["dinov2", "vit"])

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from raptor_hf.conversion import student_from_teacher
+from raptor_hf.conversion import student_from_teacher, to_plain
+from raptor_hf.distillation.start import fit_to_teacher
 from raptor_hf.distillation.task import DistillationTask, TrajectoryLoss
 from raptor_hf.phases import find_phases
 from raptor_hf.similarity import SimilarityAccumulator
 from raptor_hf.teacher import Teacher
 from tests.support.tiny_models import NUM_LAYERS, images
-from tests.support.tiny_vits import STUDENTS, own_hidden_states, tiny_vit
+from tests.support.tiny_vits import STUDENTS, TWO_TOWERS, WITH_CLASSIFIER, own_hidden_states, own_inputs, tiny_vit
 
 UNTIED = (1,) * NUM_LAYERS
 
@@ -49,6 +50,63 @@ def test_twenty_steps_of_distillation_lower_the_loss(family):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("branch_shifts", [False, True])
+def test_blocks_without_biases_are_fitted_to_their_phase(branch_shifts):
+    teacher, size = Teacher(tiny_vit("aimv2_vision_model")), (28, 42)
+    options = {"init": "middle", "depth_conditioning": "low_rank", "branch_shifts": branch_shifts}
+    start, fitted = (student_from_teacher(teacher, (2, 2), **options) for _ in range(2))
+    with torch.no_grad():
+        fit_to_teacher(teacher, fitted, [images(size, batch=8, seed=seed) for seed in range(4)])
+    loss = TrajectoryLoss(tokens=teacher.tokens)
+    states = teacher.trajectory(images(size, batch=8, seed=9))
+    errors = [DistillationTask(s, loss).stage2_losses(states, image_size=size)["loss"] for s in (start, fitted)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+@pytest.mark.parametrize("num_labels", [None, 3], ids=["backbone", "classifier"])
+@pytest.mark.parametrize("family", STUDENTS)
+def test_a_student_becomes_a_plain_model_of_its_family(family, num_labels):
+    no_auto_class = family in TWO_TOWERS or family not in WITH_CLASSIFIER
+    if num_labels is not None and no_auto_class:
+        pytest.skip("transformers has no classification model of the vision tower alone")
+    pixels = images((28, 42)).sigmoid()
+    student = student_from_teacher(
+        tiny_vit(family, num_labels), (3, 1), init="first", seed=0, depth_conditioning="low_rank", branch_shifts=False
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in student.base_model.encoder.conditioners.parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    plain = to_plain(student)
+    assert plain.config.model_type == family
+    with torch.no_grad():
+        own = student(pixels, output_hidden_states=True)
+        theirs = plain(**own_inputs(plain, pixels))
+    states = Teacher(plain).trajectory(pixels)
+    torch.testing.assert_close(states, torch.stack(own.hidden_states, 1), rtol=1e-5, atol=2e-5)
+    if num_labels is not None:
+        torch.testing.assert_close(theirs.logits, own.logits, rtol=1e-4, atol=1e-4)
+    elif student.config.pooling_type.startswith("attention"):
+        torch.testing.assert_close(theirs.pooler_output, own.pooler_output, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_family_cannot_be_is_said():
+    vit = student_from_teacher(tiny_vit("vit"), (3, 1), ffn_type="swiglu")
+    with pytest.raises(ValueError, match="ffn_type='swiglu' cannot become a 'vit' model, which has 'mlp'"):
+        to_plain(vit)
+    vit = student_from_teacher(tiny_vit("vit", num_labels=2), (3, 1))
+    vit.classifier.weight.data.fill_(1.0)
+    with pytest.raises(ValueError, match="the classifier reads more than"):
+        to_plain(vit)
+    conditioning = {"depth_conditioning": "low_rank", "branch_shifts": True}
+    aimv2 = student_from_teacher(tiny_vit("aimv2_vision_model"), (3, 1), **conditioning)
+    with pytest.raises(ValueError, match="branch_shifts=True cannot become layers whose attention.proj has no bias"):
+        to_plain(aimv2)
+    radio = student_from_teacher(tiny_vit("radio"), (3, 1))
+    radio.embeddings.patch_embeddings.projection.bias.data += 1
+    with pytest.raises(ValueError, match="the patch bias is not that of the model's own normalisation"):
+        to_plain(radio)
 
 
 REMOTE = """

@@ -30,7 +30,13 @@ FLOORS = (
         "raptor_hf.metrics",
         "raptor_hf.patch_metrics",
     ),
-    ("raptor_hf.phases", "raptor_hf.conversion", "raptor_hf.research_checkpoints", "raptor_hf.evaluate_modules"),
+    (
+        "raptor_hf.phases",
+        "raptor_hf.conversion",
+        "raptor_hf.research_checkpoints",
+        "raptor_hf.two_towers",
+        "raptor_hf.evaluate_modules",
+    ),
     (
         "raptor_hf.data",
         "raptor_hf.distillation",

@@ -8,24 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from raptor_hf.conversion import student_from_teacher, to_dinov2
+from raptor_hf.conversion import student_from_teacher, to_plain
 from raptor_hf.families import FAMILIES
-from raptor_hf.teacher import Teacher
-from tests.support.tiny_vits import VITS, tiny_vit
+from tests.support.tiny_vits import TWO_TOWERS, VITS, WITH_CLASSIFIER, tiny_vit
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-# words of the README's table of teachers -> families
-TABLE_NAMES = {
-    "DINOv2": ("dinov2", "dinov2_with_registers"),
-    "ViT": ("vit",),
-    "DeiT": ("deit",),
-    "MAE": ("vit_mae",),
-    "CLIP": ("clip_vision_model",),
-    "SigLIP": ("siglip_vision_model",),
-    "DINOv3": ("dinov3_vit",),
-}
 
 
 def run_snippet(code: str) -> str:
@@ -39,16 +28,10 @@ def run_snippet(code: str) -> str:
 
 
 def table_of_teachers() -> dict[str, list[str]]:
-    """Family to the cells "analyse", "distil" and "student as plain DINOv2"."""
-    rows = [line.strip("| ").split(" | ") for line in README.split("| teacher | analyse")[1].splitlines()[2:]]
+    """Family to the cells "analyse", "distil", "back to plain" and "heads"."""
+    rows = [line.strip("| ").split(" | ") for line in README.split("| teacher, `model_type`")[1].splitlines()[2:]]
     rows = rows[: rows.index([""])]
-    cells = {}
-    for names, *values in rows:
-        for name in re.findall(
-            r"\b(?:DINOv2|DINOv3|ViT|DeiT|MAE|CLIP|SigLIP)\b", names.replace("DINOv3 ViT", "DINOv3")
-        ):
-            cells |= dict.fromkeys(TABLE_NAMES[name], values)
-    return cells
+    return {family: cells for names, *cells in rows for family in re.findall("`(.*?)`", names)}
 
 
 def test_the_readme_takes_a_minute():
@@ -72,16 +55,14 @@ def test_the_table_of_teachers_has_every_family():
 
 
 @pytest.mark.parametrize("family", sorted(VITS))
-def test_the_table_says_which_families_can_be_distilled_and_become_dinov2(family):
-    analyse, distil, as_dinov2 = table_of_teachers()[family]
-    teacher = Teacher(tiny_vit(family))
-    assert analyse == "yes"
-    assert distil.startswith("yes") == bool(FAMILIES[family].block_parts)
-    if FAMILIES[family].block_parts:
-        student = student_from_teacher(teacher, (1,) * teacher.num_layers)
-        with pytest.raises(ValueError, match="cannot become DINOv2"):
-            to_dinov2(student)
-    assert as_dinov2 == "no"
+def test_the_table_says_what_students_of_every_family_can(family):
+    analyse, distil, plain, heads = table_of_teachers()[family]
+    assert analyse == "yes" and distil.startswith("yes") == bool(FAMILIES[family].block_parts)
+    student = student_from_teacher(tiny_vit(family), (2, 2), init="first")
+    assert plain == "yes" and to_plain(student).config.model_type == family
+    assert ("attention pooling" in heads) == student.config.pooling_type.startswith("attention")
+    assert ("classifier" in heads) == (family in WITH_CLASSIFIER)
+    assert ("image features" in heads) == (family in TWO_TOWERS)
 
 
 def test_every_file_that_the_readme_names_exists():

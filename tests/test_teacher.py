@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BeitConfig, BeitModel
+from transformers import BitConfig, BitModel
 
 from raptor_hf import RaptorConfig, RaptorForImageClassification, RaptorForSemanticSegmentation, RaptorModel
 from raptor_hf.families import block_modules
@@ -260,11 +260,10 @@ def test_a_path_where_nothing_is_says_so(name):
 
 
 def test_other_models_are_refused_by_name(tmp_path):
-    config = BeitConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32)
-    model = BeitModel(config)
+    model = BitModel(BitConfig(embedding_size=8, hidden_sizes=[8], depths=[1], num_groups=1))
     model.save_pretrained(tmp_path)
     for load in (lambda: load_teacher(tmp_path), lambda: Teacher(model)):
-        with pytest.raises(ValueError, match="'beit' model; supported are dinov2, .*, raptor, clip, siglip"):
+        with pytest.raises(ValueError, match="'bit' model; supported are dinov2, .*, raptor, clip, siglip"):
             load()
     with pytest.raises(TypeError, match="load_teacher"):
         Teacher("facebook/dinov2-base")

@@ -184,7 +184,8 @@ class _BlockFit:
             projection, scale = self.block.get_submodule(name), getattr(self.block, scale_name).lambda1
             self.prior[branch] = (projection.weight * scale[:, None]).double().T
             projection.weight.copy_(projection.weight * scale[:, None])
-            projection.bias.copy_(projection.bias * scale)
+            if projection.bias is not None:
+                projection.bias.copy_(projection.bias * scale)
             scale.fill_(1.0)
             shape = projection.in_features, projection.out_features
             self.sums[branch] = [NormalEquations(*shape, device=projection.weight.device) for _ in layers]
@@ -224,10 +225,9 @@ class _BlockFit:
         name, _, gain_name, shift_name = BRANCHES[branch]
         projection, steps, prior = self.block.get_submodule(name), self.sums[branch], self.prior[branch]
         gains, shifts = getattr(self.conditioner, gain_name, None), getattr(self.conditioner, shift_name, None)
-        importance = [self.weights[layer] for layer in self.layers]
+        importance, bias = [self.weights[layer] for layer in self.layers], None
         if shifts is not None:
             weight, fitted = solve_tied(steps, importance, prior, self.ridge)
-            bias = torch.zeros(weight.shape[1], dtype=weight.dtype, device=weight.device)
             for index, (equations, gain) in enumerate(zip(steps, fitted, strict=True)):
                 features, targets = equations.means
                 shifts[index] = targets - gain * (features @ weight)
@@ -237,11 +237,15 @@ class _BlockFit:
             rows = list(zip(steps, scales, importance, strict=True))
             gram = sum(share * scale**2 * equations.gram for equations, scale, share in rows)
             cross = sum(share * scale * equations.cross for equations, scale, share in rows)
-            weight, bias = _solve_with_intercept(gram, cross, prior, self.ridge)
+            if projection.bias is None:
+                weight = solve_ridge(gram[:-1, :-1], cross[:-1], prior, self.ridge)
+            else:
+                weight, bias = _solve_with_intercept(gram, cross, prior, self.ridge)
             if gains is not None:
                 gains.copy_(torch.tensor(scales)[:, None].expand_as(gains) - 1)
         projection.weight.copy_(weight.T)
-        projection.bias.copy_(bias)
+        if projection.bias is not None:
+            projection.bias.copy_(torch.zeros_like(projection.bias) if bias is None else bias)
         torch.clear_autocast_cache()  # which has a half-precision copy of the weight before
 
 
