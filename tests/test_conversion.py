@@ -19,6 +19,7 @@ from raptor_hf import (
     RaptorModel,
 )
 from raptor_hf.conversion import load_meta_linear_head, student_from_teacher, to_dinov2
+from raptor_hf.families import FAMILIES as TEACHERS
 from raptor_hf.phases import Partition
 from raptor_hf.teacher import Teacher, load_teacher
 from tests.support.tiny_models import (
@@ -72,6 +73,40 @@ def test_conditioning_that_starts_neutral_keeps_the_untied_student_the_teacher(c
     teacher = tiny_dinov2()
     student = student_from_teacher(teacher, UNTIED, init="first", depth_conditioning=conditioning)
     assert_same_function(student, teacher, 1e-9, [(28, 56)])
+
+
+def test_one_block_with_terms_of_full_rank_is_every_layer():
+    # what the conditioning leaves alone is the same in all layers: the last projections of the branches, first biases
+    model = tiny_dinov2()
+    shared = ("o_proj.weight", "fc2.weight", "q_proj.bias", "k_proj.bias", "v_proj.bias", "fc1.bias")
+    shared += ("output.dense.weight", "query.bias", "key.bias", "value.bias")  # of earlier versions of transformers
+    first, *others = Teacher(model).model.get_submodule(TEACHERS["dinov2_with_registers"].layers)
+    for layer in others:
+        for name, parameter in layer.named_parameters():
+            if name.endswith(shared):
+                parameter.data.copy_(first.get_parameter(name))
+    options = {"depth_conditioning": "low_rank", "conditioning_rank": DIM, "branch_shifts": True}
+    student = student_from_teacher(model, (NUM_LAYERS,), init="middle", **options)
+    block, table = student.encoder.blocks[0].state_dict(), student.encoder.conditioners[0].state_dict()
+    for layer in range(NUM_LAYERS):
+        own = Teacher(copy.deepcopy(model)).block_state_dict(layer + 1)
+        for name in ("attention.proj.weight", "ffn.fc2.weight", "attention.qkv.bias", "ffn.fc1.bias"):
+            assert torch.equal(own[name], block[name])
+        for term, name in (("qkv", "attention.qkv.weight"), ("ffn", "ffn.fc1.weight")):
+            left, values, right = torch.linalg.svd(own[name] - block[name], full_matrices=False)
+            table[f"{term}_up"][layer] = left * values
+            table[f"{term}_down"][layer] = right
+        for norm in ("norm1", "norm2"):
+            table[f"{norm}_gain"][layer] = own[f"{norm}.weight"] / block[f"{norm}.weight"] - 1
+            table[f"{norm}_shift"][layer] = own[f"{norm}.bias"] - block[f"{norm}.bias"]
+        for branch, scale, bias in (
+            ("attention", "layer_scale1", "attention.proj"),
+            ("ffn", "layer_scale2", "ffn.fc2"),
+        ):
+            size = own[f"{scale}.lambda1"]
+            table[f"{scale}_gain"][layer] = size / block[f"{scale}.lambda1"] - 1
+            table[f"{branch}_shift"][layer] = size * (own[f"{bias}.bias"] - block[f"{bias}.bias"])
+    assert_same_function(student, model, 1e-4)  # the factors are in float32
 
 
 @pytest.mark.parametrize(
