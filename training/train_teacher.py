@@ -34,6 +34,7 @@ from raptor_hf.data.images import ImageSet, augment, open_images
 from raptor_hf.data.labels import keep_labelled, name_classes
 from raptor_hf.data.loaders import ImageLoader, eval_loader, train_loader
 from raptor_hf.data.sources import open_splits
+from raptor_hf.figures import saved
 from raptor_hf.metrics import TopKAccuracy
 from raptor_hf.recipes.files import as_plain, write_json
 from raptor_hf.recipes.fingerprints import fingerprint_dataset
@@ -263,7 +264,7 @@ def plot_training(progress: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.label_outer()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=150)
+    saved(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -10,86 +10,35 @@ output_dir, and all of them together README.md there. Time to fidelity is a stud
 training/configs/study/time_to_fidelity_*.yaml.
 """
 
+from raptor_settings.parse import parse_settings
+
+from .settings import BenchmarkSettings
+
+if __name__ == "__main__":
+    # --help and mistakes are answered before the imports below, which take seconds
+    parse_settings(BenchmarkSettings)
+
 import json
 import logging
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from raptor_settings.declare import check_settings, setting
 
 from raptor_hf.recipes.files import write_json, write_text_atomically
 from raptor_hf.recipes.loop import describe_environment
-from raptor_hf.recipes.settings import parse_settings, user_errors
+from raptor_hf.recipes.settings import user_errors
 
 from . import forward, report, training
 from .growth import GROWTH, StepShape, growth, phase_growth
 from .input import input_pipeline
 from .measuring import count_flops, matmul_peak
-from .training import SHAPES, TrainingCase
+from .training import TrainingCase
 
 logger = logging.getLogger("benchmark")
-
-
-@dataclass(frozen=True)
-class BenchmarkSettings:
-    """Measure what this package costs beside what else does the job."""
-
-    recipe: ClassVar[str] = "benchmark"
-    command: ClassVar[str] = "python -m training.benchmarks.benchmark"
-    example: ClassVar[str] = "--parts training --sizes digits"
-
-    parts: list[str] = field(
-        default_factory=lambda: list(PARTS), metadata={"help": "parts of the benchmark", "group": "run"}
-    )
-    sizes: list[str] = field(
-        default_factory=lambda: list(SHAPES), metadata={"help": "sizes of the models", "group": "teacher"}
-    )
-    compiled_sizes: list[str] = setting(
-        ["digits", "vits14"], help="sizes that are also compiled, a minute for each model", group="teacher"
-    )
-    batch_sizes: list[int] = setting([1, 8, 64], help="batch sizes", group="images", unit="images", at_most=1_048_576)
-    dtypes: list[str] = setting(["float32"], help="precisions; on a GPU also bfloat16", group="machine")
-    device: str = setting("cpu", help="device of PyTorch", group="machine")
-    num_threads: int | None = setting(
-        None, help="threads of PyTorch on the CPU; none takes all cores", group="machine", at_most=4096
-    )
-    repeats: int = setting(15, help="timings of each row", group="run", at_most=1_000_000)
-    warmup: int = setting(2, help="calls before the timings", group="run", at_most=1_000_000)
-    max_call_seconds: float = setting(
-        15.0,
-        help="sizes and batches whose single call takes longer are left out and listed",
-        group="run",
-        unit="seconds",
-        above=0,
-    )
-    max_row_seconds: float = setting(
-        60.0, help="rows that would take longer get fewer repeats, at least 3", group="run", unit="seconds", above=0
-    )
-    data: str = setting("data", help="folder of the parquet files for the input pipeline", group="images")
-    output_dir: str = setting("training/results/benchmark", help="folder of the numbers and the page", group="run")
-
-    def __post_init__(self) -> None:
-        if self.repeats < 3 or self.warmup < 1:
-            raise ValueError(f"repeats is {self.repeats} and warmup {self.warmup}; they must be at least 3 and 1")
-        for name, known in self._choices():
-            values = getattr(self, name)
-            if (not values and name != "compiled_sizes") or any(value not in known for value in values):
-                raise ValueError(f"{name} is {values}; it must hold some of {', '.join(known)}")
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise ValueError(f"batch_sizes is {self.batch_sizes}; it must hold numbers of at least 1")
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads is {self.num_threads}; it must be at least 1")
-        check_settings(self)
-
-    @staticmethod
-    def _choices() -> tuple[tuple[str, Collection[str]], ...]:
-        dtypes = "float32", "bfloat16"
-        return ("parts", PARTS), ("sizes", SHAPES), ("compiled_sizes", SHAPES), ("dtypes", dtypes)
 
 
 def main() -> None:
@@ -104,8 +53,8 @@ def main() -> None:
     for part in settings.parts:
         logger.info("%s", part)
         facts = {"device_type": device.type, "num_threads": torch.get_num_threads(), **describe_environment(device)}
-        write_json(output_dir / f"{part}.json", PARTS[part](settings, device) | facts)
-    records = {part: json.loads(path.read_text()) for part in PARTS if (path := output_dir / f"{part}.json").exists()}
+        write_json(output_dir / f"{part}.json", RUNS[part](settings, device) | facts)
+    records = {part: json.loads(path.read_text()) for part in RUNS if (path := output_dir / f"{part}.json").exists()}
     page = report.page(records, fidelity_results(output_dir), (output_dir / "measured_once.md").exists())
     write_text_atomically(output_dir / "README.md", page)
     print(page)
@@ -223,7 +172,7 @@ def log_row(row: dict[str, Any], what: str) -> None:
     logger.info("%s: %s", ", ".join(str(row[name]) for name in names if name in row), what)
 
 
-PARTS: dict[str, Callable[[BenchmarkSettings, torch.device], dict[str, Any]]] = {
+RUNS: dict[str, Callable[[BenchmarkSettings, torch.device], dict[str, Any]]] = {
     "forward": run_forward,
     "training": run_training,
     "growth": run_growth,

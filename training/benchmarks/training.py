@@ -23,12 +23,8 @@ from raptor_hf.teacher import Teacher
 from training.raptor_minimal import Block, make_optimizer, stage1_loss, stage2_loss, take_step
 
 from .measuring import Comparison, alternate, count_flops, matmul_peak, saved_bytes
+from .settings import SHAPES
 
-SHAPES: dict[str, dict[str, int]] = {
-    "digits": dict(hidden_size=96, num_attention_heads=3, image_size=8, patch_size=2, num_register_tokens=2),
-    "vits14": dict(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14),
-    "vitb14": dict(hidden_size=768, num_attention_heads=12, image_size=224, patch_size=14),
-}
 BLOCK_REPEATS = (7, 3, 2)
 # name of the row: stage and lambda; lambda is 0 for three quarters of the published stage 1
 STAGES = {"1, annealing": (1, 0.5), "1, autoregressive": (1, 0.0), "2": (2, 0.0)}

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from raptor_hf.figures import saved
 from raptor_hf.recipes.files import write_json
 
 
@@ -47,16 +48,27 @@ def main() -> None:
 
 
 def measure(flags: str, rate: float, folder: Path) -> dict[str, Any]:
-    """The scores of one run, which is not repeated if its folder has them; None for those of one that diverged."""
-    if not (folder / "metrics.json").exists():
-        command = [sys.executable, "training/distill.py", *shlex.split(flags)]
-        command += ["--learning_rate", str(rate), "--output_dir", str(folder), "--override"]
-        done = subprocess.run(command, capture_output=True, text=True)
+    """The scores of one run; None for those of one that diverged."""
+    try:
+        return train([*shlex.split(flags), "--learning_rate", str(rate)], folder)
+    except RuntimeError as error:
         # what the guards of raptor_hf.recipes.loop advise
-        if done.returncode and not re.search(r"ower (the )?learning.rate", done.stderr):
-            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
+        if not re.search(r"ower (the )?learning.rate", str(error)):
+            raise
+        return {"mean_r2": None, "last_r2": None, "seconds": None}
+
+
+def train(flags: list[str], folder: Path) -> dict[str, Any]:
+    """The scores of one run of training/distill.py, which is not repeated if its folder has them.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it printed.
+    """
+    if not (folder / "metrics.json").exists():
+        command = [sys.executable, "training/distill.py", *flags, "--output_dir", str(folder), "--override"]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            return {"mean_r2": None, "last_r2": None, "seconds": None}
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{done.stderr[-2000:]}")
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     r2 = metrics["fidelity"]["r2"]
     return {"mean_r2": float(np.mean(r2)), "last_r2": r2[-1], "seconds": metrics["seconds"]["stage2"]}
@@ -93,7 +105,7 @@ def plot(rates: list[float], series: dict[str, list[dict[str, Any]]], path: Path
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    saved(figure, path, dpi=150)
 
 
 if __name__ == "__main__":

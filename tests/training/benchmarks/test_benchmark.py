@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.support.benchmark_records import all_records, forward_row, training_row
+from training.benchmarks.settings import PARTS, SHAPES
 
 ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ def script():
 @pytest.fixture
 def bench(script, monkeypatch):
     """The command with a size "tiny"."""
-    monkeypatch.setitem(script.SHAPES, "tiny", TINY)
+    monkeypatch.setitem(SHAPES, "tiny", TINY)
     monkeypatch.setitem(script.report.NAMES, "tiny", "tiny (8 px, D=32)")
     return script
 
@@ -141,14 +142,14 @@ def test_the_page_keeps_the_parts_of_earlier_runs(bench, monkeypatch, command, t
     (tmp_path / "fidelity_digits").mkdir()
     (tmp_path / "fidelity_digits" / "results.json").write_text('{"comparisons": []}')
     for part in ("training", "forward"):
-        monkeypatch.setitem(bench.PARTS, part, lambda settings, device, part=part: records[part])
+        monkeypatch.setitem(bench.RUNS, part, lambda settings, device, part=part: records[part])
     assert "## Forward pass" not in command("--parts", "training")
     text = command("--parts", "forward")
     titles = [line for line in text.splitlines() if line.startswith("## ")]
     assert titles == ["## Targets", "## Forward pass", "## Training step", "## Growth", "## Time to fidelity"]
     assert "fidelity_digits/table.md" in text
     # a part that is measured again replaces what was there
-    monkeypatch.setitem(bench.PARTS, "training", lambda *_: records["training"] | {"training": [training_row()]})
+    monkeypatch.setitem(bench.RUNS, "training", lambda *_: records["training"] | {"training": [training_row()]})
     assert command("--parts", "training").count("training step, digits") == 0
 
 
@@ -182,3 +183,7 @@ def test_the_plain_student_has_the_teachers_shape(bench):
     images = forward.images_of("tiny", 1)
     teacher, student = (partial(forward.build("tiny", name), images) for name in ("teacher", "mlp"))
     assert bench.count_flops(teacher) == bench.count_flops(student)
+
+
+def test_every_part_that_can_be_asked_for_can_be_run(bench):
+    assert tuple(bench.RUNS) == PARTS
