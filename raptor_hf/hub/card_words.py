@@ -47,16 +47,33 @@ def describe_training(metrics: RunMetrics, settings: Mapping[str, Any]) -> dict[
     rate, device = metrics.images_per_second, metrics.device
     unreadable = metrics.unreadable_images
     steps = sum(settings.get(key) or 0 for key in ("stage1_steps", "stage2_steps", "steps"))
-    images = steps * (settings.get("batch_size") or 0)
+    has_sizes = bool(settings.get("image_sizes") or settings.get("final_image_size"))
+    images = 0 if has_sizes else steps * (settings.get("batch_size") or 0)  # fewer or more of them at other sizes
     return {
         "total": duration(sum(parts.values())) if parts else None,
         "parts": ", ".join(spent),
         "device": device and device_words(device),
         "rate": f"{rate:,.0f}" if rate else None,
         "images": f"{images:,}" if images else None,
+        "has_sizes": has_sizes,
+        "options": describe_options(settings),
         "versions": ", ".join(f"{name} {version}" for name, version in metrics.versions.items()),
         "unreadable": unreadable if isinstance(unreadable, int) else len(unreadable),
     }
+
+
+def describe_options(settings: Mapping[str, Any]) -> list[str]:
+    """Sentences on what a student's training did with images and weights beyond the plain recipe."""
+    sentences = []
+    if settings.get("augment"):
+        sentences.append("The images are random crops of at least a quarter of each, mirrored or not.")
+    if sizes := settings.get("image_sizes"):
+        sentences.append(f"The images of each step have one of the sizes {', '.join(map(str, sizes))} px.")
+    if final := settings.get("final_image_size"):
+        sentences.append(f"In the last {percent(settings['final_share'])} of the last stage they have {final} px.")
+    if decay := settings.get("ema_decay"):
+        sentences.append(f"The weights are a running average with decay {decay:g}.")
+    return sentences
 
 
 def device_words(device: str) -> str:

@@ -111,6 +111,19 @@ def test_the_numbers_of_the_run_stand_in_the_text():
     assert text.count("{{") == text.count("{%") == text.count("None") == 0
 
 
+def test_sizes_crops_and_averages_of_the_training_are_said_where_there_are_any():
+    options = {"image_sizes": [112, 224], "final_image_size": 448, "final_share": 0.2, "augment": True}
+    text = str(card(settings=options | {"ema_decay": 0.999}))
+    training = " ".join(section(text, "Training").split())
+    assert "images, at other sizes for as many tokens. The images are random crops of at least a quarter" in training
+    assert "one of the sizes 112, 224 px. In the last 20.0 % of the last stage they have 448 px." in training
+    assert "a running average with decay 0.999." in training and " in all" not in training
+    assert "an image size other than those of the training is possible" in text
+    plain = str(card())
+    assert "crops" not in section(plain, "Training") and "average" not in section(plain, "Training")
+    assert "or another image size is possible" in plain
+
+
 def test_iso_cost_is_said_where_it_holds():
     for student, words in ((1_010_000, "**Iso-cost**"), (980_100, "**Iso-cost**"), (900_000, "0.900 times")):
         assert words in str(card(metrics() | {"macs": {"teacher": 1_000_000, "student": student}}))
