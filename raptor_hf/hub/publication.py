@@ -423,7 +423,8 @@ def license_of(teacher: str, base_model: str | None, *, ask_hub: bool = True) ->
         ask_hub: whether the Hub is asked for the card; if not, only what was downloaded before is read.
 
     Returns:
-        "license", and "license_name" and "license_link" where there are; empty where the licence is not known.
+        "license", and "license_name" and "license_link" where there are; empty where the licence is not known, also
+        where the card says no more than "other", or is of a gated repository that cannot be read.
 
     Raises:
         ValueError: it is no licence: a line break in it, or other characters than an identifier has.
@@ -442,6 +443,8 @@ def license_of(teacher: str, base_model: str | None, *, ask_hub: bool = True) ->
         return {}
     found = {key: data.get(key) for key in ("license", "license_name", "license_link") if data.get(key)}
     check_license(found)
+    if found["license"] == "other" and "license_name" not in found:
+        return {}  # which one is not said
     if base_model is not None and "license_link" in found and "://" not in found["license_link"]:
         # a file of the teacher's repository
         found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{found['license_link']}"

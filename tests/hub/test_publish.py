@@ -362,10 +362,21 @@ def test_the_name_and_the_text_of_an_unusual_licence_are_the_teachers(tmp_path):
 
 def test_the_licence_is_the_teachers_own_or_none(tmp_path):
     assert publication.license_of(str(tmp_path), None) == {}
+    (tmp_path / "README.md").write_text("---\nlicense: other\n---\n")
+    assert publication.license_of(str(tmp_path), None) == {}
     for bad in ({"license": "mit\nbase_model: evil/x"}, {"license": "other", "license_name": "<script>"}):
         (tmp_path / "README.md").write_text("---\n" + yaml.safe_dump(bad) + "---\n")
         with pytest.raises(ValueError, match="it must be"):
             publication.license_of(str(tmp_path), None)
+
+
+def test_a_student_of_dinov3_comes_under_its_licence_by_name(tmp_path):
+    # the front matter of facebook/dinov3-vits16-pretrain-lvd1689m
+    link = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+    names = {"license": "other", "license_name": "dinov3-license", "license_link": link}
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text("---\n" + yaml.safe_dump(names) + "---\n")
+    assert publication.license_of(str(tmp_path / "teacher"), None) == names
 
 
 def test_a_licence_of_two_lines_is_refused(hub, shared_run, run_publish):
