@@ -13,6 +13,7 @@ from raptor_settings.distill import DistillSettings
 import raptor_hf
 from raptor_hf.configuration_raptor import AUTO_MAP, DEPTH_CONDITIONINGS, EMBEDDING_TYPES
 from raptor_hf.conversion import NOT_IN_DINOV2, to_dinov2
+from raptor_hf.distillation.task import LOSSES
 from raptor_hf.families import FAMILIES
 from raptor_hf.hub import heads, student_card
 from raptor_hf.modeling_raptor import CONDITIONERS
@@ -64,6 +65,10 @@ def test_a_conditioning_that_dinov2_is_said_to_have_becomes_dinov2(conditioning)
     with torch.no_grad():
         own = student(tiny_images()).last_hidden_state
         torch.testing.assert_close(to_dinov2(student)(tiny_images()).last_hidden_state, own, rtol=1e-4, atol=1e-4)
+
+
+def test_every_loss_is_in_every_place():
+    assert set(typing.get_args(typing.get_type_hints(DistillSettings)["loss"])) == set(LOSSES)
 
 
 def test_every_family_that_can_be_distilled_has_embeddings():
