@@ -240,6 +240,64 @@ class DenseGapSettings:
             raise ValueError(f"probes are {self.probes}; each must be 'name = configuration of probe.py'")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InsideSettings:
+    """Read, patch and swap the states of a teacher and its student, step by step."""
+
+    recipe: ClassVar[str] = "inside"
+    command: ClassVar[str] = "python -m training.studies.inside"
+    example: ClassVar[str] = "--teacher model_cards/digits-teacher --student model_cards/digits-k3 --output_dir out"
+
+    title: str = setting("Inside, step by step", help="title of the page", group="run")
+    teacher: str = setting(help="model on the Hub or folder", group="teacher")
+    student: str = setting(help="its student", group="student")
+    train: str = setting("digits", help="images that the tuned lens is fitted on", group="images")
+    test: str = setting("digits", help="images of everything else", group="images")
+    test_split: str = setting("test", help="their split; that of a parquet file is train", group="images")
+    num_images: int = setting(256, help="images of each set", group="images", above=1)
+    batch_size: int = setting(32, help="images at a time", group="machine", above=1, at_most=65_536)
+    output_dir: str = setting(help="folder of the page, the figures and the numbers", group="run")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceSettings:
+    """Score predictions as right or wrong, and images as known or foreign, by their paths and by the usual means."""
+
+    recipe: ClassVar[str] = "confidence"
+    command: ClassVar[str] = "python -m training.studies.confidence"
+    example: ClassVar[str] = "--models model_cards/digits-teacher --outliers photographs.parquet --output_dir out"
+
+    title: str = setting("Wrong or foreign, by the path", help="title of the page", group="run")
+    models: list[str] = setting(help="models, all with the image processor of the first", group="models")
+    train: str = setting("digits", help="labelled training images; their split is train", group="images")
+    test: str = setting("digits", help="labelled test images", group="images")
+    test_split: str = setting("test", help="their split; that of a parquet file is train", group="images")
+    outliers: list[str] = setting(
+        help="foreign images, digits or the split train of others, with :column where there are several",
+        group="images",
+    )
+    num_train: int | None = setting(None, help="training images; none takes all", group="images", above=1)
+    num_test: int | None = setting(None, help="test images; none takes all", group="images", above=1)
+    num_outliers: int | None = setting(None, help="images of each foreign set; none takes all", group="images", above=1)
+    batch_size: int = setting(32, help="images at a time", group="machine", above=0, at_most=65_536)
+    mixed_precision: Literal["no", "bf16"] = setting("no", help="precision of the models", group="machine")
+    cache_dir: str | None = setting(None, help="folder that keeps the paths for another time", group="run")
+    folds: int = setting(4, help="parts of the training images for a probe's cross-fitting", group="models", above=1)
+    seeds: list[int] = setting([0, 1, 2], help="seeds of the training images that are taken", group="run", at_least=0)
+    train_share: float = setting(0.8, help="share of the training images that a seed takes", group="run", above=0)
+    output_dir: str = setting(help="folder of the page, the figure and the numbers", group="run")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.models or not self.outliers:
+            raise ValueError("models and outliers must each hold at least one")
+        if self.train_share > 1:
+            raise ValueError(f"train_share is {self.train_share}; it must be at most 1")
+
+
 def check_plan(variants: Sequence[str], seeds: Sequence[int]) -> None:
     """Refuse what no study can run.
 
