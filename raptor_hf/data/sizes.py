@@ -4,7 +4,8 @@
     steps = SizedSteps(sizes, {size: View(processor, batch_size) for size, ...})
     train_loader(images, processor, sized=steps, ...)
 
-All of it follows from a seed and the number of a step, so that processes agree and a run that goes on does too.
+All of it follows from a seed and the number of a step, so that processes agree and a run that goes on does too; where
+a batch must divide among more processes, it may have fewer images.
 """
 
 import functools

@@ -31,7 +31,7 @@ def sized_steps(
         settings: of the run; its batch size is that of the processor's size, others have as many tokens in a batch.
         processor: of the teacher.
         teacher: to be distilled.
-        num_processes: that share a batch.
+        num_processes: that share a batch, which has a multiple of them.
 
     Raises:
         ValueError: a size is no multiple of the patch.

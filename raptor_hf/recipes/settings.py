@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 __all__ = ["parse_settings", "prepare_output_dir", "save_settings", "settings_to_dict", "user_errors"]
 
 CHECKPOINT_FOLDER = "checkpoints"
-# settings that do not change what a run computes
+# settings that do not change what a run computes, but for states that a cache rounds where the arithmetic is in bf16
 RUN_ONLY = (
     *("output_dir", "override", "num_workers", "tracker", "log_every", "checkpoint_every", "keep_checkpoints"),
     *("max_nonfinite_steps", "max_rising_steps", "max_decode_failures"),
