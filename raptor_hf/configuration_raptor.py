@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -32,6 +33,12 @@ FAMILY_FIELDS = {
     "final_norm": "tokens",
     "classifier_input": "tokens",
 }
+
+
+def _own_field(teacher: PreTrainedConfig, name: str) -> Any:
+    return getattr(teacher, name)
+
+
 _CLIP = {"num_register_tokens": 0, "patch_bias": False, "embedding_norm": "tokens"}
 _BEIT = {
     "num_register_tokens": 0,
@@ -86,6 +93,11 @@ TEACHER_FAMILIES: dict[str, dict[str, Any]] = {
         "position_type": "learned_cropped",
         "position_image_size": lambda teacher: teacher.max_img_size,
         "final_norm": "none",
+    },
+    # its configuration says nothing of the model: `raptor_hf.families.describe_timm` writes these fields into it
+    "timm_wrapper": {
+        name: partial(_own_field, name=name)
+        for name in (*FAMILY_FIELDS, "num_register_tokens", "pooling_type", "ffn_type", "intermediate_size")
     },
 }
 EMBEDDING_TYPES = tuple(TEACHER_FAMILIES)

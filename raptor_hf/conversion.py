@@ -308,6 +308,8 @@ def _plain_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
             f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
             f"{_title(family)} has one epsilon for all norms"
         )
+    if FAMILIES[family].plain_fields is None:
+        raise ValueError(f"embedding_type={family!r} cannot become a plain model: transformers cannot make one of timm")
     known = CONFIG_MAPPING[family]
     names = {name: name for name in (*TEACHER_FIELDS, "layerscale_value", "intermediate_size")} | TEACHER_NAMES
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items() if hasattr(known, theirs)}

@@ -78,6 +78,18 @@ DATA2VEC_BLOCK = BEIT_BLOCK | {
     "ffn.fc1": [("intermediate.dense",)],
     "ffn.fc2": [("output.dense",)],
 }
+TIMM_BLOCK = {
+    "norm1": [("norm1",)],
+    "attention.qkv": [("attn.qkv",)],
+    "attention.proj": [("attn.proj",)],
+    "layer_scale1": [("ls1",)],
+    "norm2": [("norm2",)],
+    "ffn.fc1": [("mlp.fc1",)],
+    "ffn.fc2": [("mlp.fc2",)],
+    "layer_scale2": [("ls2",)],
+}
+# Activations of timm -> what transformers calls them.
+TIMM_ACTIVATIONS = {"GELU": "gelu", "GELUTanh": "gelu_pytorch_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu"}
 # Parameters of embeddings -> those of RaptorEmbeddings, where they are not called the same.
 DINOV3_EMBEDDINGS = {
     "patch_embeddings.weight": "patch_embeddings.projection.weight",
@@ -144,7 +156,8 @@ class Family:
         block_parts: how a layer maps to a RaptorBlock, as `DINOV2_BLOCK`; empty if it cannot be one.
         embedding_names: how the embeddings' parameters map to those of RaptorEmbeddings, as `CLIP_EMBEDDINGS`.
         model_class: of transformers, where no Auto class knows the family's models.
-        plain_fields: what the family's configuration says in words of its own, from that of a student.
+        plain_fields: what the family's configuration says in words of its own, from that of a student; None if no
+            student becomes a model of the family.
     """
 
     layers: str
@@ -166,7 +179,7 @@ class Family:
     embedding_names: Mapping[str, str] = field(default_factory=dict)
     pooling: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     model_class: str | None = None
-    plain_fields: Callable[[PreTrainedConfig], dict[str, Any]] = lambda student: {}
+    plain_fields: Callable[[PreTrainedConfig], dict[str, Any]] | None = lambda student: {}
 
 
 def _as_dinov2(student: PreTrainedConfig, whole: bool = True) -> dict[str, Any]:
@@ -314,6 +327,18 @@ FAMILIES = {
         embedding_names=RADIO_EMBEDDINGS,
         plain_fields=_as_radio,
     ),
+    # any ViT of timm with blocks of this form, through transformers' wrapper
+    "timm_wrapper": Family(
+        layers="timm_model.blocks",
+        embeddings="timm_model.patch_embed",
+        pre_norm="timm_model.norm_pre",
+        final_norm="timm_model.norm",
+        pooled_norm="timm_model.fc_norm",
+        heads=(("cls",), ("patches",)),
+        unused=("head", "attn_pool"),
+        block_parts=TIMM_BLOCK,
+        plain_fields=None,
+    ),
     # students, so that whatever analyses a teacher analyses them too
     "raptor": Family(
         layers="encoder.blocks",
@@ -344,6 +369,8 @@ def check_family(config: PreTrainedConfig, source: str) -> None:
 
 def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the part of a model that has embeddings, layers and final norm: no head, and no text tower."""
+    if model.config.model_type == "timm_wrapper":
+        return model  # the model inside is none of transformers'
     # not simply the base model: what DINOv3 calls so are its layers alone
     parts = (model, model.base_model, getattr(model, "vision_model", None))
     return next((part for part in parts if hasattr(part, "embeddings")), model.base_model)
@@ -367,6 +394,9 @@ def find_classifier(model: PreTrainedModel) -> nn.Linear | None:
     """
     config = vision_config(model.config)
     classifier = getattr(model, "classifier", None)
+    vit = getattr(model, "timm_model", None)
+    if vit is not None and vit.global_pool in ("token", "avg") and not vit.pool_include_prefix:
+        classifier = vit.head
     two = [getattr(model, name, None) for name in ("cls_classifier", "distillation_classifier")]
     if all(isinstance(head, nn.Linear) for head in two):
         classifier = _mean_of_heads(*two)
@@ -430,6 +460,8 @@ def block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) 
 def embeddings_to_raptor(model: PreTrainedModel) -> dict[str, Tensor]:
     """Returns a backbone's embeddings, and the norm that may follow them, under the names of RaptorEmbeddings."""
     family, config = FAMILIES[model.config.model_type], model.config
+    if config.model_type == "timm_wrapper":
+        return _timm_embeddings(model.timm_model)
     state = model.get_submodule(family.embeddings).state_dict()
     # DINOv2 with 0 registers keeps an empty tensor for them
     state = {n: t for n, t in state.items() if t.numel() and not is_unused(n, family)}
@@ -457,6 +489,88 @@ def embeddings_to_raptor(model: PreTrainedModel) -> dict[str, Tensor]:
         weight = weights[f"{name}.weight"].double() / std
         weights[f"{name}.weight"], weights[f"{name}.bias"] = weight, -(weight * mean).sum((1, 2, 3))
     return weights
+
+
+def describe_timm(model: PreTrainedModel) -> None:
+    """Writes into the configuration of a timm model's wrapper what others' say of themselves.
+
+    Args:
+        model: `TimmWrapperModel` or `TimmWrapperForImageClassification` of a Vision Transformer.
+
+    Raises:
+        ValueError: if it is none, or its blocks do what no RaptorBlock does; the message says what.
+    """
+    vit, config = model.timm_model, model.config
+    title = f"timm's {config.architecture!r}"
+    if lost := [name for name in ("patch_embed", "blocks", "norm", "norm_pre", "pos_embed") if not hasattr(vit, name)]:
+        raise ValueError(f"{title} has no {', '.join(lost)}; supported are its models of class VisionTransformer")
+    block, patches = vit.blocks[0], vit.patch_embed
+    parameters = {name for name, _ in block.named_parameters()}
+    known = {name for names in TIMM_BLOCK.values() for (name,) in names}
+    if extra := {name for name in parameters if name.rpartition(".")[0] not in known}:
+        raise ValueError(f"{title} has blocks with {', '.join(sorted(extra))}, which no RaptorBlock has")
+    if not {"attn.qkv.weight", "mlp.fc1.weight"} <= parameters or not isinstance(block.norm1, nn.LayerNorm):
+        raise ValueError(f"{title} has blocks of class {type(block).__name__}; supported are Block, with LayerNorm")
+    activation = type(block.mlp.act).__name__
+    if activation not in TIMM_ACTIVATIONS or has_weights(patches, "norm"):
+        raise ValueError(f"{title} has {activation} in its FFN or a norm of its patches, which students have not")
+    width, dim = block.mlp.fc2.in_features, vit.embed_dim
+    has_fc_norm, has_cls = has_weights(vit, "fc_norm"), vit.cls_token is not None
+    facts = {
+        "hidden_size": dim,
+        "num_hidden_layers": len(vit.blocks),
+        "num_attention_heads": block.attn.num_heads,
+        "intermediate_size": width,
+        "ffn_type": "swiglu" if block.mlp.fc1.out_features == 2 * width else "mlp",
+        "hidden_act": TIMM_ACTIVATIONS[activation],
+        "layer_norm_eps": block.norm1.eps,
+        "image_size": _square(patches.img_size),
+        "patch_size": _square(patches.patch_size),
+        "num_channels": patches.proj.in_channels,
+        "num_register_tokens": 0 if vit.reg_token is None else vit.reg_token.shape[1],
+        "has_cls": has_cls,
+        "position_type": "none" if vit.pos_embed is None else "learned",
+        "position_interpolation": "bicubic_antialias",
+        "patch_bias": patches.proj.bias is not None,
+        "embedding_norm": "tokens" if has_weights(vit, "norm_pre") else "none",
+        "norm_type": "layer_norm",
+        "qkv_bias": block.attn.qkv.bias is not None,
+        "key_bias": True,
+        "proj_bias": block.attn.proj.bias is not None,
+        "mlp_bias": block.mlp.fc1.bias is not None,
+        "final_norm": "tokens" if has_weights(vit, "norm") else "pooled" if has_fc_norm else "none",
+        "pooling_type": "cls" if has_cls and vit.global_pool == "token" else "mean",
+        "classifier_input": "pooled",
+    }
+    for name, value in facts.items():
+        setattr(config, name, value)
+
+
+def _square(size: tuple[int, int]) -> int | tuple[int, int]:
+    return size[0] if size[0] == size[1] else size
+
+
+def _timm_embeddings(vit: nn.Module) -> dict[str, Tensor]:
+    """Embeddings of a ViT of timm, whose positions may be of the patches alone, of cls, or of cls and registers."""
+    weights = {f"patch_embeddings.projection.{n}": t for n, t in vit.patch_embed.proj.state_dict().items()}
+    weights |= {f"norm.{n}": t for n, t in vit.norm_pre.state_dict().items()}
+    prefix = [token for token in (vit.cls_token, vit.reg_token) if token is not None]
+    count = sum(token.shape[1] for token in prefix)
+    positions = vit.pos_embed
+    if positions is not None:
+        num_own = positions.shape[1] - vit.patch_embed.num_patches
+        own, patches = positions.tensor_split([num_own], 1)
+        own = own if num_own else positions.new_zeros(1, count, positions.shape[2])
+        has_cls = vit.cls_token is not None
+        weights["position_embeddings"] = torch.cat([own[:, :has_cls], patches], 1)
+        if vit.reg_token is not None:
+            # a register has no position; the sum of both is one parameter as well
+            weights["register_tokens"] = vit.reg_token + own[:, int(has_cls) :]
+    elif vit.reg_token is not None:
+        weights["register_tokens"] = vit.reg_token
+    if vit.cls_token is not None:
+        weights["cls_token"] = vit.cls_token
+    return {name: tensor.detach() for name, tensor in weights.items()}
 
 
 def _as_convolution(weight: Tensor, config: PreTrainedConfig, family: Family) -> Tensor:
@@ -547,7 +661,9 @@ def layer_to_raptor(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]
     weights = {}
     for part, modules in block_modules(layer, parts).items():
         stacked = [dict(module.state_dict()) for module in modules]
-        if part == "attention.qkv" and "bias" in stacked[0] and "bias" not in stacked[1]:
+        if "gamma" in stacked[0]:
+            stacked = [{"lambda1": tensors["gamma"]} for tensors in stacked]  # timm's LayerScale
+        if len(stacked) == 3 and "bias" in stacked[0] and "bias" not in stacked[1]:
             # keys alone have none
             weights["attention.query_bias"], _, weights["attention.value_bias"] = (t.pop("bias", None) for t in stacked)
         weights |= {f"{part}.{name}": torch.cat([tensors[name] for tensors in stacked]) for name in stacked[0]}

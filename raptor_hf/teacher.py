@@ -30,6 +30,7 @@ from .families import (
     check_family,
     classifier_to_raptor,
     count_parameters,
+    describe_timm,
     embeddings_to_raptor,
     find_backbone,
     find_classifier,
@@ -78,6 +79,7 @@ def load_teacher(
     check_family(config, str(name_or_path))
     # DeiT's with two heads ends in ForImageClassificationWithTeacher
     has_classifier = any("ForImageClassification" in name for name in config.architectures or ())
+    has_classifier |= config.model_type == "timm_wrapper" and config.num_labels > 0
     model_config = config if has_classifier else vision_config(config)
     auto_class = AutoModelForImageClassification if has_classifier else AutoModel
     model_class = FAMILIES[model_config.model_type].model_class if not has_classifier else None
@@ -144,6 +146,8 @@ class Teacher(nn.Module):
         self.revision = revision
         self.model = find_backbone(model)
         self.family = self.model.config.model_type
+        if self.family == "timm_wrapper":
+            describe_timm(self.model)
         depth = self.model.config.num_hidden_layers
         self.layers = tuple(range(1, depth + 1) if layers is None else layers)
         if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(1, depth + 1)}):
@@ -285,6 +289,9 @@ class Teacher(nn.Module):
             a_0, (B, T, D), where `run_layers` begins.
         """
         family = FAMILIES[self.family]
+        if self.family == "timm_wrapper":
+            # positions are added by the model itself, in no module
+            return self.trajectory(pixel_values)[:, 0]
         embeddings = self.model.get_submodule(family.embeddings)
         # MAE's give its mask, too
         images = self._images(pixel_values)

@@ -55,7 +55,7 @@ SIZES = ((28, 28), (42, 42), (28, 56), (35, 14))
 
 
 def test_every_family_is_tested():
-    assert set(FAMILIES) == {*VITS, "dinov2", "dinov2_with_registers", "raptor"}
+    assert set(FAMILIES) == {*VITS, "dinov2", "dinov2_with_registers", "timm_wrapper", "raptor"}
 
 
 def forgotten(name, entry):
