@@ -71,7 +71,12 @@ def main() -> None:
             records.append({"file": path.name, "format": kind, "precision": precision, "bytes": stored})
             records[-1]["of_the_parameters"] = stored / size
             logger.info("wrote %s, %.2f MB, %.2f of the parameters' bytes", path.name, stored / 1e6, stored / size)
-    result = {"parameter_bytes": size, "outputs": names, "files": records}
+    result = {
+        "parameter_bytes": size,
+        "outputs": names,
+        "files": records,
+        **what_goes_in_and_out(settings.model, model),
+    }
     if test is not None:
         result |= measure(model, teacher, test, folder, records)
     write_json(folder / "export.json", result)
@@ -118,6 +123,16 @@ def open_loaders(settings: ExportSettings, model: PreTrainedModel) -> tuple[list
         batches = loader(settings.calibration_split, settings.calibration_images)
         calibration = [batch["pixel_values"] for batch in batches]
     return calibration, loader(settings.test_split, settings.test_images)
+
+
+def what_goes_in_and_out(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """What runs a file elsewhere: the settings of the image processor, and the names of the labels; null without."""
+    try:
+        processor = load_image_processor(name).to_dict()
+    except FileNotFoundError:
+        processor = None
+    labels = model.config.id2label if "logits" in output_names(model) else {}
+    return {"image_processor": processor, "labels": [labels[index] for index in sorted(labels)] or None}
 
 
 def write(

@@ -50,8 +50,9 @@ class ImageProgram(nn.Module):
 
     def __init__(self, model: PreTrainedModel, image_size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = copy.deepcopy(model).requires_grad_(False)
         self.image_size = image_size
+        self.eval()
         for module in self.model.modules():
             if isinstance(module, RaptorEncoder):
                 for block, conditioner in enumerate(module.conditioners):
