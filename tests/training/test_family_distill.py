@@ -4,7 +4,14 @@ import json
 
 import pytest
 import torch
-from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher, SiglipConfig, SiglipForImageClassification
+from transformers import (
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    SiglipConfig,
+    SiglipForImageClassification,
+)
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from raptor_hf.distillation.task import TrajectoryLoss
@@ -21,14 +28,21 @@ FIELDS |= {"intermediate_size": WIDTH, "image_size": 8, "patch_size": 2}
 MAKE = {
     "siglip": lambda: SiglipForImageClassification(SiglipConfig(vision_config=FIELDS, text_config=TEXT, num_labels=10)),
     "deit": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**FIELDS, num_labels=10)),
+    "dinov3": lambda: DINOv3ViTModel(DINOv3ViTConfig(**FIELDS, num_register_tokens=2)),
 }
+TOKENS = {"siglip": (False, 0), "deit": (True, 1), "dinov3": (True, 2)}
 
 
 @pytest.mark.parametrize("family", MAKE)
 def test_recipe_distils_it(family, tmp_path, monkeypatch):
     folder, out = tmp_path / "teacher", tmp_path / "student"
     randomize(MAKE[family]()).save_pretrained(folder)
-    SiglipImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(folder)  # not the teacher's own size
+    # not the teacher's own size, and with rotary positions no square either
+    size = {"height": 12, "width": 16 if family == "dinov3" else 12}
+    SiglipImageProcessorPil(size=size).save_pretrained(folder)
+    if family == "dinov3":
+        settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "size": size}
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("sys.argv", ["distill.py", *flags(**SHORT | {"teacher": folder, "output_dir": out})])
     for plot in ("plot_phases", "plot_fidelity", "plot_losses"):
         monkeypatch.setattr(distill.figures, plot, lambda *args, **kwargs: None)
@@ -36,8 +50,8 @@ def test_recipe_distils_it(family, tmp_path, monkeypatch):
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["fidelity"]) and metrics["macs"]["teacher"] > 0
     student = load_teacher(out)
-    assert (student.has_cls, student.num_registers) == {"siglip": (False, 0), "deit": (True, 1)}[family]
-    assert (student.classifier is None) == (family == "deit")
+    assert (student.has_cls, student.num_registers) == TOKENS[family]
+    assert (student.classifier is None) == (family in ("deit", "dinov3"))
     first = load_teacher(folder).trajectory(images((12, 12)))[:, 0]
     torch.testing.assert_close(student.trajectory(images((12, 12)))[:, 0], first)
 
