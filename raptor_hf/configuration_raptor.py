@@ -2,7 +2,7 @@
 
 import copy
 import math
-from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -33,12 +33,6 @@ FAMILY_FIELDS = {
     "final_norm": "tokens",
     "classifier_input": "tokens",
 }
-
-
-def _own_field(teacher: PreTrainedConfig, name: str) -> Any:
-    return getattr(teacher, name)
-
-
 _CLIP = {"num_register_tokens": 0, "patch_bias": False, "embedding_norm": "tokens"}
 _BEIT = {
     "num_register_tokens": 0,
@@ -96,7 +90,7 @@ TEACHER_FAMILIES: dict[str, dict[str, Any]] = {
     },
     # its configuration says nothing of the model: `raptor_hf.families.describe_timm` writes these fields into it
     "timm_wrapper": {
-        name: partial(_own_field, name=name)
+        name: attrgetter(name)
         for name in (*FAMILY_FIELDS, "num_register_tokens", "pooling_type", "ffn_type", "intermediate_size")
     },
 }

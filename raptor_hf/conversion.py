@@ -180,7 +180,7 @@ def to_dinov2(
 def load_meta_linear_head(
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor], model: PreTrainedModel
 ) -> None:
-    """Loads one of Meta's ImageNet linear heads for DINOv2 into a classification model, in place.
+    """Loads one of Meta's ImageNet linear heads, for DINOv2 or DINOv3, into a classification model, in place.
 
     Args:
         path_or_state_dict: file `dinov2_*_linear_head.pth`, or its content: `weight` (C, 2 D) and `bias` (C,) of a

@@ -251,6 +251,19 @@ def test_without_cls_feature_maps_hold_all_tokens():
     torch.testing.assert_close(outputs.feature_maps[0], expected)
 
 
+def test_a_linear_head_on_cls_and_mean_patch_reads_a_student_of_dinov3(tmp_path):
+    teacher = Teacher(tiny_vit("dinov3_vit"))
+    student_from_teacher(teacher, UNTIED, init="first").save_pretrained(tmp_path)
+    student = RaptorForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    generator = torch.Generator().manual_seed(0)
+    head = {"weight": torch.randn(3, 2 * DIM, generator=generator), "bias": torch.randn(3, generator=generator)}
+    load_meta_linear_head(head, student)
+    tokens = teacher(images((28, 42))).last_hidden_state
+    features = torch.cat([tokens[:, 0], tokens[:, 3:].mean(1)], 1)
+    expected = features @ head["weight"].T + head["bias"]
+    torch.testing.assert_close(student(images((28, 42))).logits, expected, rtol=0, atol=1e-4)
+
+
 def test_a_segmentation_head_is_no_classifier_of_the_student_without_cls():
     model = tiny_model(RaptorForSemanticSegmentation, **SIGLIP)
     assert model.classifier.in_features == model.config.hidden_size
