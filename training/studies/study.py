@@ -228,6 +228,8 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
     metrics, settings = StudentMetrics.read(run.folder), run.settings
     check_numbers(run, metrics)
     fidelity, seconds = metrics.fidelity, metrics.seconds
+    # a recipe pays for its phases and for its start as well as for its steps
+    before = seconds.get("phases", 0.0) + seconds.get("fit", 0.0)
     base_settings = settings_to_dict(parse_settings(DistillSettings, [base], exit_on_error=False))
     return {
         "variant": run.variant,
@@ -245,25 +247,28 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
         "parameters": metrics.parameters.to_dict(),
         "macs": metrics.macs.to_dict(),
         "training_steps": settings.stage1_steps + settings.stage2_steps,
-        "training_seconds": seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
+        "training_seconds": before + seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
         "batch_size": settings.batch_size,
         "mixed_precision": settings.mixed_precision or "no",
         "blocks": metrics.blocks,
         **({"by_steps": {n: row.to_dict() for n, row in fidelity.by_steps.items()}} if fidelity.by_steps else {}),
-        "evaluations": [evaluation_of(entry.to_dict(), settings.stage1_steps) for entry in metrics.evaluations],
+        "evaluations": [evaluation_of(entry.to_dict(), settings.stage1_steps, before) for entry in metrics.evaluations],
         "device": metrics.device,
         "versions": metrics.versions,
     }
 
 
-def evaluation_of(entry: Mapping[str, Any], stage1_steps: int) -> dict[str, Any]:
-    """The record of one evaluation during training; steps count over both stages."""
+def evaluation_of(entry: Mapping[str, Any], stage1_steps: int, before: float = 0.0) -> dict[str, Any]:
+    """The record of one evaluation during training; steps count over both stages, seconds from `before` on."""
+    # runs of older versions do not have these
+    known = {name: entry[name] for name in ("seconds", "agreement", "student_accuracy") if name in entry}
+    if known.get("seconds") is not None:  # of both stages, without the evaluations
+        known["seconds"] += before
     return {
         "step": entry["step"] + (stage1_steps if entry["stage"] == 2 else 0),
         "r2_last": entry["r2"][-1],
         "r2_mean": statistics.fmean(entry["r2"]),
-        # of both stages, without the evaluations; runs of older versions do not have these
-        **{name: entry[name] for name in ("seconds", "agreement", "student_accuracy") if name in entry},
+        **known,
     }
 
 
