@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from raptor_hf import RaptorConfig, RaptorModel
 from raptor_hf.data import images as image_module
 from raptor_hf.data.images import ImageSet, load_image_processor, open_images
 from raptor_hf.data.loaders import TooManyFailuresError, train_loader
-from raptor_hf.distillation.student import choose_partition, make_student
+from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask
 from raptor_hf.modeling_raptor import RaptorBlock
 from raptor_hf.phases import Partition, cheapest_phases, find_phases
@@ -910,9 +909,7 @@ def test_configuration_makes_a_student_of_its_teacher(path):
     config = Dinov2WithRegistersConfig(
         hidden_size=16, num_attention_heads=2, num_hidden_layers=num_layers, image_size=28, patch_size=14
     )
-    layers = np.arange(num_layers)
-    settings = replace(settings, num_bootstraps=0)
-    partition, _ = choose_partition(abs(layers - layers[:, None]), None, settings, num_layers)
+    partition = trial_partition(settings, num_layers)
     student = make_student(Teacher(Dinov2WithRegistersModel(config)), partition, settings)
     assert student.config.num_blocks == (settings.num_blocks or len(settings.block_repeats))
     assert student.config.num_hidden_layers == num_layers
