@@ -289,17 +289,19 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def plot_speed(record: Mapping[str, Any], path: Path) -> Figure:
-    """Draws accuracy against the time of a batch."""
+    """Draws accuracy against the time of a batch, of what was timed in turn."""
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
     axes = figure.add_subplot()
     series: dict[str, list[Mapping[str, Any]]] = {}
     for row in record["rows"]:
         series.setdefault(row["series"], []).append(row)
-    series |= {f"early exit, {row['criterion']}": [row] for row in record["early_exit"]}
-    for index, (name, rows) in enumerate(series.items()):
-        style = "o-" if len(rows) > 1 else "*"
+    whole = [name for name in series if not name.endswith(", int8")]
+    for name, rows in series.items():
+        # in int8 with the colour of the same in floating point
+        style = ("o" if name in whole else "s") + ("-" if name in whole else ":") * (len(rows) > 1)
         points = sorted((1e3 * row["seconds"], 100 * row["accuracy"]) for row in rows)
-        axes.plot(*zip(*points, strict=True), style, label=name, color=f"C{index % 10}", alpha=0.9)
+        color = f"C{whole.index(name.removesuffix(', int8')) % 10}"
+        axes.plot(*zip(*points, strict=True), style, label=name, color=color, markersize=5)
     axes.set(
         xlabel=f"milliseconds, batch of {record['batch_size']}", ylabel="accuracy, test images (%)", xlim=(0, None)
     )

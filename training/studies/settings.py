@@ -199,7 +199,7 @@ class ElasticSettings:
     )
     output_dir: str = setting(help="folder of the table, the figure and the numbers", group="run")
     batch_size: int = setting(32, help="images at a time", group="machine", above=0, at_most=65_536)
-    repeats: int = setting(20, help="times that everything is timed, in turn", group="machine", above=0, at_most=10_000)
+    repeats: int = setting(10, help="times that everything is timed, in turn", group="machine", above=0, at_most=10_000)
     int8: bool = setting(True, help="time models with their linear layers in int8, too", group="machine")
 
     def __post_init__(self) -> None:

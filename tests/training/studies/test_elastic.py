@@ -120,7 +120,7 @@ def test_page_says_what_was_saved(tmp_path):
     record = {"title": "A study", "command": "python x", "num_images": 500, "batch_size": 32, "num_steps": 12}
     record |= {"max_disagreement": 0.005, "device": "a processor, 1 thread", "versions": {"python": "3.11"}}
     record |= {
-        "rows": [row | {"name": "elastic, 4 steps"}, row | {"name": "int8", "macs": None}],
+        "rows": [row | {"name": "elastic, 4 steps"}, row | {"name": "int8", "series": "elastic, int8", "macs": None}],
         "early_exit": [early],
     }
     page = elastic.table(record)
