@@ -91,7 +91,7 @@ def explore(
         "numLayers": num_layers,
         "grid": list(grid),
         "blocks": [list(layers) for layers in partition.blocks],
-        "distance": np.round(distance, 3).tolist(),
+        "distance": rounded(distance),
         "settledAngle": SETTLED,
         "groups": list(teacher.tokens.slices),
         "prefix": first,
@@ -112,7 +112,7 @@ def explore(
                     "lens": None if answer is None else answer[index],
                     "speed": by_group(angular_speed(own), teacher),
                     "convergence": by_group(convergence(own), teacher),
-                    "paths": np.round(plane[index].numpy(), 3).tolist(),
+                    "paths": rounded(plane[index]),
                 }
             )
         content["photographs"].append(photograph)
@@ -229,7 +229,7 @@ def lens_of(model: Teacher, states: Tensor) -> list[dict[str, Any]] | None:
     return [
         {
             "labels": [str(labels.get(number, number)) for number in numbers],
-            "probabilities": np.round(values, 3).tolist(),
+            "probabilities": rounded(values),
             "settled": steps_of_patches,
         }
         for numbers, values, steps_of_patches in zip(
@@ -242,19 +242,24 @@ def fidelity_of(teacher: Teacher, trajectories: Sequence[Tensor]) -> list[float]
     """R² of the student's state after every step, (L,), on these photographs."""
     fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens)
     fidelity.update(*trajectories)
-    return np.round(fidelity.compute().r2.numpy(), 4).tolist()
+    return rounded(fidelity.compute().r2, 4)
 
 
 def by_group(values: Tensor, teacher: Teacher) -> dict[str, list[float]]:
     """Mean over the tokens of each group, of values (steps, T)."""
     groups = teacher.tokens.slices
-    return {name: np.round(values[:, tokens].mean(1).numpy(), 3).tolist() for name, tokens in groups.items()}
+    return {name: rounded(values[:, tokens].mean(1)) for name, tokens in groups.items()}
 
 
 def scaled(values: Tensor) -> Tensor:
     """Each step from 0 to 255, uint8."""
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return ((values - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
+
+
+def rounded(values: Tensor | np.ndarray, digits: int = 3) -> Any:
+    """Numbers as lists; float64, for a rounded float32 has many digits again as a Python float."""
+    return np.round(np.asarray(values, dtype=np.float64), digits).tolist()
 
 
 def encoded(values: Tensor) -> str:
