@@ -72,7 +72,14 @@ class Comparison:
         return {"speedup": self.speedup, "speedup_quartiles": list(self.quartiles)}
 
 
-def alternate(functions: Sequence[Callable[[], Any]], *, repeats: int, warmup: int, device: torch.device) -> np.ndarray:
+def alternate(
+    functions: Sequence[Callable[[], Any]],
+    *,
+    repeats: int,
+    warmup: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> np.ndarray:
     """Times functions in turn, so that whatever slows the machine down for a while meets all of them.
 
     Every other repetition goes through them backwards: none is always the one that finds the caches of the same
@@ -83,6 +90,7 @@ def alternate(functions: Sequence[Callable[[], Any]], *, repeats: int, warmup: i
         repeats: repetitions that are timed.
         warmup: repetitions before these.
         device: what the functions run on; a GPU is waited for before and after each.
+        clock: `time.process_time`, of functions of one thread, is blind to whatever else runs on the machine.
 
     Returns:
         Seconds, (len(functions), repeats).
@@ -104,11 +112,11 @@ def alternate(functions: Sequence[Callable[[], Any]], *, repeats: int, warmup: i
             order = range(len(functions)) if repeat % 2 == 0 else reversed(range(len(functions)))
             for index in order:
                 _synchronize(device)
-                began = time.perf_counter()
+                began = clock()
                 functions[index]()
                 _synchronize(device)
                 if repeat >= 0:
-                    seconds[index, repeat] = time.perf_counter() - began
+                    seconds[index, repeat] = clock() - began
     finally:
         if was_enabled:
             gc.enable()
