@@ -388,7 +388,7 @@ def conclusions(by_probe: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str
             whole = statistics.fmean(headline(pixels[0]))
             kept.append(f"{statistics.fmean(headline(pixels[index])) / whole:.0%} of the mean IoU")
             lost = means(pixels[0], "per_class_iou") - means(pixels[index], "per_class_iou")
-            order = [i for i in np.argsort(-np.nan_to_num(lost, nan=-1)) if not math.isnan(lost[i])]
+            order = [i for i in np.argsort(-np.abs(lost)) if not math.isnan(lost[i])]
             classes = pixels[0]["scores"]["classes"]
             kept[-1] += "; IoU changes most on " + ", ".join(f"{classes[i]} ({-100 * lost[i]:+.1f})" for i in order[:3])
             kept[-1] += " and least on " + ", ".join(f"{classes[i]} ({-100 * lost[i]:+.1f})" for i in order[:-3:-1])
