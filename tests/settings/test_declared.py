@@ -21,7 +21,13 @@ from raptor_settings.zoo import ZooSettings
 
 from raptor_hf.dynamics.figures import STYLES
 from training.benchmarks.benchmark import BenchmarkSettings
-from training.studies.settings import DenseGapSettings, ResultsSettings, StudySettings, TeacherStudySettings
+from training.studies.settings import (
+    DenseGapSettings,
+    ElasticSettings,
+    ResultsSettings,
+    StudySettings,
+    TeacherStudySettings,
+)
 
 # what each needs besides its defaults
 NEEDED = {
@@ -139,7 +145,7 @@ def test_every_shipped_configuration_is_found_by_name_from_any_folder(kind, name
     settings_class = CLASSES.get(kind)
     if kind == "study":
         text = shipped_configs(kind)[name].read_text()
-        own = {"\nteacher_base:": TeacherStudySettings, "\nprobes:": DenseGapSettings}
+        own = {"\nteacher_base:": TeacherStudySettings, "\nprobes:": DenseGapSettings, "\nrivals:": ElasticSettings}
         settings_class = next((found for key, found in own.items() if key in text), StudySettings)
     by_name = parse_settings(settings_class, [name], exit_on_error=False)
     by_path = parse_settings(settings_class, [f"training/configs/{kind}/{name}.yaml"], exit_on_error=False)

@@ -181,7 +181,7 @@ class RealTeacherSettings:
 class ElasticSettings:
     """Measure an elastic student at several depths and with early exit, beside what one would run instead."""
 
-    recipe: ClassVar[str] = "elastic"
+    recipe: ClassVar[str] = "study"
     command: ClassVar[str] = "python -m training.studies.elastic"
     example: ClassVar[str] = "digits_elastic_speed"
 
