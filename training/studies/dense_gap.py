@@ -409,11 +409,14 @@ def plot_gaps(records: Sequence[Mapping[str, Any]], path: Path) -> Figure:
             values = [100 * statistics.fmean(record["scores"][part]["linear"]) for part in parts]
             axes.plot(parts, values, "o-", color=f"C{index}", label=record["model"], ms=4)
         axes.set(ylabel="accuracy of a linear head (%)", title=photographs[0]["probe"])
-        axes.legend(fontsize=7, frameon=False)
+        if "semantic-segmentation" not in own:
+            axes.legend(fontsize=7, frameon=False)
     if pixels := own.get("semantic-segmentation"):
         axes = figure.add_subplot(grid[0, 1])
         for index, record in enumerate(pixels):
-            axes.plot(SEGMENT_NAMES, 100 * means(record, "right_by_size"), "o-", color=f"C{index}", ms=4)
+            values = 100 * means(record, "right_by_size")
+            axes.plot(SEGMENT_NAMES, values, "o-", color=f"C{index}", label=record["model"], ms=4)
+        axes.legend(fontsize=7, frameon=False, loc="upper left")
         axes.set(ylabel="pixels that are right (%)", xlabel="segment's share of the image", title=pixels[0]["probe"])
         axes = figure.add_subplot(grid[1, :])
         values = 100 * np.array([means(record, "per_class_iou") for record in pixels])
