@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from raptor_settings.declare import check_settings, setting
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
@@ -50,6 +50,7 @@ PARTS = ("latency", "streamed", "agreement")
 MODELS = {"teacher": TEACHER, "student": "mlp, low_rank"}
 RUNTIMES = ("torch", "torch int8", "onnx", "onnx int8")
 CPU = torch.device("cpu")
+WEIGHTS = "weights.safetensors"
 # madvise's MADV_PAGEOUT of Linux
 PAGE_OUT = 21
 
@@ -101,20 +102,13 @@ def main() -> None:
     facts = describe_environment(CPU)
     if "agreement" in settings.parts:
         write_json(folder / "agreement.json", {"agreement": agreement(settings, folder), **facts})
-    if wanted := [part for part in ("latency", "streamed") if part in settings.parts]:
-        records: dict[str, list[dict[str, Any]]] = {part: [] for part in wanted}
-        for size in settings.sizes:
-            with tempfile.TemporaryDirectory() as scratch:
-                write_files(size, Path(scratch))
-                if "latency" in wanted:
-                    records["latency"] += latency(size, Path(scratch), settings)
-                if "streamed" in wanted:
-                    records["streamed"] += streamed(size, Path(scratch), settings)
-        for part, rows in records.items():
-            path = folder / f"{part}.json"
-            others = json.loads(path.read_text())[part] if path.exists() else []
-            rows = [row for row in others if row["size"] not in settings.sizes] + rows
-            write_json(path, {part: rows, **facts})
+    measured = {"latency": latency, "streamed": streamed}
+    for part, size in [(part, size) for size in settings.sizes for part in measured if part in settings.parts]:
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = measured[part](size, Path(scratch), settings)
+        path = folder / f"{part}.json"
+        others = json.loads(path.read_text())[part] if path.exists() else []
+        write_json(path, {part: [row for row in others if row["size"] != size] + rows, **facts})
     there = {part: json.loads(path.read_text()) for part in PARTS if (path := folder / f"{part}.json").exists()}
     page = device_page.page(there)
     write_text_atomically(folder / "README.md", page)
@@ -155,6 +149,7 @@ def open_model(folder: Path, name: str, runtime: str) -> Callable[[Tensor], Any]
 def latency(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str, Any]]:
     """A row for each model, runtime and batch size; times are processor time in one process, in turn."""
     torch.set_num_threads(1)
+    write_files(size, folder)
     cases = [(name, runtime) for name in MODELS for runtime in RUNTIMES]
     alone = {case: in_own_process(first_output, size, folder, *case) for case in cases}
     models = {case: open_model(folder, *case) for case in cases}
@@ -217,6 +212,8 @@ def streamed(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str
     same in several processes at once. "memory-mapped": the file is the memory, whose pages are dropped before each
     pass.
     """
+    for name, kind in MODELS.items():
+        save_weights(build(size, kind), folder / name)
     rows = []
     for what in ("few tokens", "processes", "memory-mapped"):
         workers = settings.num_processes if what == "processes" else 1
@@ -254,12 +251,17 @@ def few_tokens(size: str, folder: Path, page_out: bool, repeats: int) -> np.ndar
     return seconds
 
 
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Save a model under the names that its parameters have in memory, which transformers may change in its files."""
+    model.config.save_pretrained(folder)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / WEIGHTS)
+
+
 def mapped_model(folder: Path) -> nn.Module:
-    """A model whose weights are the pages of its file."""
+    """A model whose weights are the pages of the file of `save_weights`."""
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    # the mask token of DINOv2 is used by nothing, and saved
-    model.load_state_dict(load_file(folder / "model.safetensors"), assign=True)
+    model.load_state_dict(load_file(folder / WEIGHTS), assign=True)
     return model.eval()
 
 
