@@ -13,7 +13,8 @@ from tests.support.benchmark_records import (
     training_record,
     training_row,
 )
-from training.benchmarks.benchmark import PARTS, fidelity_results
+from training.benchmarks.benchmark import fidelity_results
+from training.benchmarks.settings import PARTS
 from training.benchmarks.report import Target, page, targets_of
 
 SMALL = "training step, digits (8 px, D=96), times the reference"
