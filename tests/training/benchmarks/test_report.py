@@ -14,8 +14,8 @@ from tests.support.benchmark_records import (
     training_row,
 )
 from training.benchmarks.benchmark import fidelity_results
-from training.benchmarks.settings import PARTS
 from training.benchmarks.report import Target, page, targets_of
+from training.benchmarks.settings import PARTS
 
 SMALL = "training step, digits (8 px, D=96), times the reference"
 VIT_S = "training step, ViT-S/14, 224 px, times the reference"
