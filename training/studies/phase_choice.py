@@ -138,9 +138,10 @@ def plot(rows: list[dict[str, Any]], ranks: dict[str, float], path: Path) -> Non
             search = next((name for name in row["found_by"] if not name.startswith("random")), None)
             axes.plot(row[judge], row["mean_r2"], "o", color="C0" if search else "0.6")
             if search:
-                axes.annotate(search, (row[judge], row["mean_r2"]), (4, 4), textcoords="offset points", fontsize=8)
+                where = (row[judge], row["mean_r2"])
+                axes.annotate(search, where, (0, 5), textcoords="offset points", fontsize=8, ha="center")
         axes.set(xlabel=label, title=f"rank correlation {ranks[judge]:.2f}")
-        axes.margins(x=0.25)
+        axes.margins(x=0.3, y=0.12)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean $R^2$ after training")
     saved(figure, path, dpi=150)
