@@ -23,6 +23,7 @@ import logging
 import operator
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,10 @@ class Session:
         self.accelerator.end_training()
         if self._lock is not None:
             self._lock.release()
+        if self.accelerator.num_processes > 1:
+            # Gloo's thread needs the interpreter once more to free its last work; the destructor of the model's reducer
+            # waits for that thread and holds the interpreter (seen in torch 2.13), so that a run would never end
+            time.sleep(0.5)
 
 
 def check_launch(accelerator: Accelerator) -> None:
