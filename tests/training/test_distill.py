@@ -420,7 +420,7 @@ def test_override_trains_anew_with_the_other_settings(run, monkeypatch):
     assert yaml.safe_load((folder / "resolved.yaml").read_text())["learning_rate"] == 0.02
 
 
-def interrupt(*args):
+def interrupt(*args, **kwargs):
     raise KeyboardInterrupt
 
 

@@ -160,7 +160,7 @@ def test_another_test_split_is_evaluated_with_the_same_weights(run, monkeypatch)
 
 
 def test_trained_weights_are_on_the_disk_before_the_evaluation(run, monkeypatch, tmp_path):
-    def fail(self):
+    def fail(self, **kwargs):
         raise IndexError("index -1 is out of bounds")
 
     with monkeypatch.context() as patch, pytest.raises(IndexError):

@@ -78,7 +78,7 @@ def alternate(
     repeats: int,
     warmup: int,
     device: torch.device,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
 ) -> np.ndarray:
     """Times functions in turn, so that whatever slows the machine down for a while meets all of them.
 
@@ -90,7 +90,8 @@ def alternate(
         repeats: repetitions that are timed.
         warmup: repetitions before these.
         device: what the functions run on; a GPU is waited for before and after each.
-        clock: `time.process_time`, of functions of one thread, is blind to whatever else runs on the machine.
+        clock: in seconds; None takes `time.perf_counter`. `time.process_time`, of functions of one thread, is blind to
+            whatever else runs on the machine.
 
     Returns:
         Seconds, (len(functions), repeats).
@@ -103,6 +104,7 @@ def alternate(
             f"there are {len(functions)} functions, repeats is {repeats} and warmup {warmup}; there must be at least "
             "one function, 1 and 0"
         )
+    clock = clock or time.perf_counter
     seconds = np.zeros((len(functions), repeats))
     was_enabled = gc.isenabled()
     gc.collect()
