@@ -261,8 +261,8 @@ class DistillSettings(RunSettings):
     gradient_checkpointing: bool = setting(False, help="save memory by computing activations twice", group="machine")
     trajectory_cache_gb: float = setting(
         0.0,
-        help="memory of each process for trajectories of images that come again, which the teacher then need not run "
-        "on, in bf16 if the arithmetic is; 0 for none",
+        help="memory of each process, or room in trajectory_cache_dir, for trajectories of images that come again, "
+        "which the teacher then need not run on, in bf16 if the arithmetic is; 0 for none",
         group="machine",
         unit="GB",
         at_least=0,
