@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .families import FAMILIES, block_modules, check_family, find_backbone, token_layout
-from .teacher import Teacher
+from .teacher import Teacher, first_output
 
 # what of a step -> the part of a RaptorBlock that computes it, and whether it is the part's input or output
 _PARTS = {
@@ -239,7 +239,7 @@ def _visit(
 
     def on_embeddings(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         restart()
-        return _with_first(output, act(None, 0, _first(output)))
+        return _with_first(output, act(None, 0, first_output(output)))
 
     with contextlib.ExitStack() as stack:
 
@@ -262,7 +262,7 @@ def _visit(
                 step = kwargs.get("step") if is_raptor else number
                 step = step if numbers is None else numbers.get(step)
                 reached, ran = max(reached, step or 0), True
-                return _with_first(output, act(None, step, _first(output)))
+                return _with_first(output, act(None, step, first_output(output)))
 
             hook(layer, "forward_hook", after, with_kwargs=True)
             if is_raptor and parts:
@@ -326,10 +326,6 @@ def _rows(value: Tensor, tokens: slice | Sequence[int]) -> Tensor:
     rows = torch.zeros(value.shape[1], 1, dtype=torch.bool, device=value.device)
     rows[tokens if isinstance(tokens, slice) else list(tokens)] = True
     return rows
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _with_first(output: Any, value: Tensor) -> Any:

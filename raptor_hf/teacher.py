@@ -259,7 +259,7 @@ class Teacher(nn.Module):
 
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             nonlocal states, num_calls
-            state = _first(output)
+            state = first_output(output)
             if states is None:
                 # layer by layer, as they are written and read
                 states = state.new_empty(self.num_layers + 1, *state.shape).transpose(0, 1)
@@ -297,7 +297,7 @@ class Teacher(nn.Module):
         images = self._images(pixel_values)
         if family.conditioner is not None:
             images = self.model.get_submodule(family.conditioner)(images)
-        state = _first(embeddings(images, **self._image_arguments(pixel_values)))
+        state = first_output(embeddings(images, **self._image_arguments(pixel_values)))
         return state if family.pre_norm is None else self.model.get_submodule(family.pre_norm)(state)
 
     @torch.no_grad()
@@ -327,7 +327,7 @@ class Teacher(nn.Module):
         states = [state]
         for layer in layers:
             for own in self.span(layer):
-                state = _first(calls[own - 1](state))
+                state = first_output(calls[own - 1](state))
             states.append(state)
         return torch.stack(states, 1)
 
@@ -580,5 +580,6 @@ def macs(model: Callable[[Tensor], Any], pixel_values: Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """The tokens in what a layer or an embedding returns: the output itself, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -17,7 +17,6 @@ import contextlib
 import importlib.metadata
 import logging
 import math
-import os
 import platform
 import sys
 import time
@@ -31,6 +30,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
+
+from ..data.loaders import usable_cores
 
 try:
     import resource
@@ -395,17 +396,12 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
 def usable_workers(num_workers: int) -> int:
     """Number of loader processes: as many as wanted, but no more than cores, where more only cost memory."""
-    return min(num_workers, count_cores())
-
-
-def count_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(num_workers, usable_cores())
 
 
 def warn_if_single_thread(logger: logging.Logger, accelerator: Accelerator) -> None:
     """Tell a CPU user about idle cores: `accelerate launch` without a configuration sets OMP_NUM_THREADS=1."""
-    num_cores = count_cores()
+    num_cores = usable_cores()
     idle = num_cores // accelerator.num_processes > 1 and torch.get_num_threads() == 1
     if accelerator.device.type == "cpu" and accelerator.is_main_process and idle:
         logger.warning(

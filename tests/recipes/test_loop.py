@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import platform
 import weakref
 from pathlib import Path
@@ -306,7 +307,7 @@ def test_peak_memory_is_the_systems_high_water_mark_in_bytes():
 )
 def test_idle_cores_are_pointed_out(monkeypatch, caplog, num_threads, num_cores, num_processes, device, warns):
     monkeypatch.setattr(loop.torch, "get_num_threads", lambda: num_threads)
-    monkeypatch.setattr(loop.os, "sched_getaffinity", lambda pid: set(range(num_cores)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)), raising=False)
     warn_if_single_thread(logging.getLogger("test"), process(num_processes=num_processes, device=device))
     assert ("training/accelerate/cpu.yaml" in caplog.text) == warns
     assert len(caplog.records) == warns

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from raptor_hf.data.loaders import usable_cores
 from raptor_hf.export.agreement import open_file
 from raptor_hf.export.onnx_files import quantize_onnx, save_onnx
 from raptor_hf.recipes.files import write_json, write_text_atomically
@@ -223,7 +224,7 @@ def streamed(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str
         teacher, student = np.concatenate(pairs, axis=1)
         comparison = Comparison(teacher.tolist(), student.tolist())
         low, high = comparison.quartiles
-        row = {"size": size, "what": what, "num_processes": workers, "num_cores": len(os.sched_getaffinity(0))}
+        row = {"size": size, "what": what, "num_processes": workers, "num_cores": usable_cores()}
         row |= {"teacher_seconds": float(np.median(teacher)), "student_seconds": float(np.median(student))}
         rows.append(row | {"ratio": comparison.ratio, "ratio_quartiles": [1 / high, 1 / low]})
         logger.info("%s, %s: %.3f", size, what, comparison.ratio)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from raptor_hf.data.images import ImageSet, open_images
-from raptor_hf.data.loaders import train_loader
+from raptor_hf.data.loaders import train_loader, usable_cores
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
 
 from .measuring import alternate
@@ -91,7 +91,7 @@ def _measured(
     batch = next(iter(train_loader(images, processor, batch_size=size, seed=0, num_steps=1)))
     return {
         "image_size": list(batch["pixel_values"].shape[-2:]),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": usable_cores(),
         "workers": [
             {"num_workers": number, "images_per_second": size * batches / statistics.median(times)}
             for number, times in seconds.items()

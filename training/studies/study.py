@@ -30,6 +30,7 @@ from typing import Any
 
 from raptor_settings.distill import DistillSettings
 
+from raptor_hf.data.loaders import usable_cores
 from raptor_hf.distillation.inputs import check_blocks, count_layers
 from raptor_hf.figures import mean_and_deviation
 from raptor_hf.hub.card_words import device_words
@@ -150,7 +151,7 @@ def run_all(runs: Sequence[PlannedRun], jobs: int) -> list[PlannedRun]:
     """Runs what is not finished, `jobs` at a time with an equal share of the cores; returns the runs that failed."""
     missing = [run for run in runs if not run.is_done]
     logger.info("%d of %d runs to do, %d at a time", len(missing), len(runs), jobs)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     failed, began = [], time.perf_counter()
     pool, children = ThreadPoolExecutor(jobs), Children()
