@@ -54,12 +54,12 @@ def main() -> None:
     num_blocks = len(phases["blocks"])
     rows = []
     for partition, names in searches(distance, costs, num_blocks, arguments.num_random).items():
-        repeats = "-".join(map(str, partition.block_repeats))
-        choice = ["--partition", "fitted"] if "fitted" in names else given(partition)
+        repeats = list(map(str, partition.block_repeats))
+        choice = ["--partition", "fitted"] if "fitted" in names else ["--block_repeats", *repeats]
         scores = [
             fitted
             if "fitted" in names and seed == 0
-            else train([*flags, *choice, "--seed", str(seed)], arguments.runs_dir / f"{repeats}_{seed}")
+            else train([*flags, *choice, "--seed", str(seed)], arguments.runs_dir / f"{'-'.join(repeats)}_{seed}")
             for seed in arguments.seeds
         ]
         rows.append(
@@ -80,11 +80,6 @@ def main() -> None:
     plot(rows, ranks, arguments.output_dir / "figure.png")
     write_text_atomically(arguments.output_dir / "table.md", page(arguments.name, command, rows, ranks))
     print(f"saved to {arguments.output_dir}: results.json, table.md and figure.png")
-
-
-def given(partition: Partition) -> list[str]:
-    """Flags for a partition into as many blocks as before."""
-    return ["--block_repeats", *map(str, partition.block_repeats)]
 
 
 def square(rows: list[list[float]]) -> np.ndarray:
@@ -125,25 +120,22 @@ def page(name: str, command: str, rows: list[dict[str, Any]], ranks: dict[str, f
         f"phases, and {ranks['cost']:.2f} for the cost of tying, both taken so that 1 is a perfect prediction."
     )
     title = f"# Which phases make a faithful student: {name}"
-    return (
-        "\n\n".join((title, f"    {command}", sentences, table, "![R² against what is minimised](figure.png)")) + "\n"
-    )
+    figure = "![R² against what is minimised](figure.png)"
+    return "\n\n".join((title, f"    {command}", sentences, table, figure)) + "\n"
 
 
 def plot(rows: list[dict[str, Any]], ranks: dict[str, float], path: Path) -> None:
-    """Mean R^2 against what each of the two searches minimises."""
+    """Mean R^2 against what each of the two searches minimises; random partitions are grey."""
     figure = Figure(figsize=(8, 3.4), layout="constrained")
     for axes, (judge, label) in zip(figure.subplots(1, 2, sharey=True), JUDGES.items(), strict=True):
         for row in rows:
             search = next((name for name in row["found_by"] if not name.startswith("random")), None)
-            axes.plot(row[judge], row["mean_r2"], "o", color="C0" if search else "0.6")
-            if search:
-                where = (row[judge], row["mean_r2"])
-                axes.annotate(search, where, (0, 5), textcoords="offset points", fontsize=8, ha="center")
+            style = {"color": "0.7"} if search is None else {"label": search, "zorder": 3}
+            axes.plot(row[judge], row["mean_r2"], "o", **style)
         axes.set(xlabel=label, title=f"rank correlation {ranks[judge]:.2f}")
-        axes.margins(x=0.3, y=0.12)
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean $R^2$ after training")
+    figure.axes[0].legend(fontsize=8)
     saved(figure, path, dpi=150)
 
 
