@@ -285,23 +285,34 @@ class Run:
         return 1.0 if self.settings.teacher_forcing == "only" else 0.0
 
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
-        """Gradients of one batch, in as many parts as they are accumulated over; the mean losses."""
+        """
+        Gradients of one batch, in as many parts as they are accumulated over; the mean losses, of an elastic student also
+        those of the parts that took the same number of steps.
+        """
         accelerator, settings = self.accelerator, self.settings
         parts = settings.gradient_accumulation_steps
-        drawn = draw_num_steps(settings.elastic, settings.elastic_share, settings.seed, self.step)
-        num_steps = drawn if stage == 2 else None
+        num_layers = self.student.config.num_hidden_layers
+        paces: list[int | None] = [None] * parts
+        if stage == 2:
+            near = num_layers if settings.elastic_distribution == "near" else None
+            drawn_from = settings.elastic, settings.elastic_share, settings.seed, self.step
+            paces = draw_num_steps(*drawn_from, parts=parts, near=near)
         groups = self.blocks_at_once(stage)
         totals: dict[str, Tensor] = {}
+        by_pace: dict[int, list[Tensor]] = {}
         for index, images in enumerate(pixel_values.to(accelerator.device, non_blocking=True).chunk(parts)):
             with torch.no_grad(), accelerator.autocast():
                 states = self.trajectory(images)
             for blocks in groups:
                 # gradients are exchanged between processes once, with the last part
                 with accelerator.no_sync(self.task) if index + 1 < parts else contextlib.nullcontext():
-                    losses = self.task(states, stage, forcing, blocks, num_steps, images.shape[2:])
+                    losses = self.task(states, stage, forcing, blocks, paces[index], images.shape[2:])
                     accelerator.backward(losses["loss"] / parts)
                 for name, value in losses.items():
                     totals[name] = totals.get(name, 0) + value.detach() / parts
+                if settings.elastic and stage == 2:
+                    by_pace.setdefault(paces[index] or num_layers, []).append(losses["loss"].detach())
+        totals |= {f"loss_{num_steps}_steps": torch.stack(own).mean() for num_steps, own in by_pace.items()}
         return totals
 
     def blocks_at_once(self, stage: int) -> list[tuple[int, ...] | None]:

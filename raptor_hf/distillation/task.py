@@ -8,9 +8,11 @@ all blocks together, autoregressively through all L steps:
     states = teacher.trajectory(pixel_values)                                # (B, L + 1, T, D)
     losses = task(states, stage=1, forcing=teacher_forcing(step, num_steps)) # {"block_0": ..., "loss": ...}
 
-An elastic student takes batches of stage 2 at another pace, and is compared with the teacher where its steps end:
+An elastic student takes parts of the batches of stage 2 at another pace, and is compared with the teacher where its
+steps end:
 
-    losses = task(states, stage=2, num_steps=draw_num_steps([4, 6, 8, 16], 0.6, seed, step))
+    for part, num_steps in zip(states.chunk(4), draw_num_steps([4, 6, 8, 16], 0.75, seed, step, parts=4)):
+        losses = task(part, stage=2, num_steps=num_steps)
 """
 
 import functools
@@ -43,23 +45,33 @@ def teacher_forcing(step: int, num_steps: int, anneal_fraction: float = 0.25) ->
     return max(0.0, 1.0 - step / length) if length > 0 else 0.0
 
 
-def draw_num_steps(elastic: list[int] | None, share: float, seed: int, step: int) -> int | None:
-    """Number of steps through the whole depth for one batch; of `seed` and `step` alone, so that all processes draw
-    the same, and a resumed run what it would have drawn.
+def draw_num_steps(
+    elastic: list[int] | None, share: float, seed: int, step: int, *, parts: int = 1, near: int | None = None
+) -> list[int | None]:
+    """Numbers of steps through the whole depth for the parts of one batch; of `seed` and `step` alone, so that all
+    processes draw the same, and a resumed run what it would have drawn.
+
+    The parts of a batch are drawn together, at equal distances of the cumulative distribution (systematic sampling): no
+    part is drawn otherwise than it would be alone, and the parts differ as much as they can.
 
     Args:
-        elastic: what to draw from, each number alike; `None` for a student of one pace.
-        share: of the batches, those that are drawn.
+        elastic: what to draw from; `None` for a student of one pace.
+        share: of the parts, those that are drawn from `elastic`.
         seed: of the run.
         step: of the optimizer, in stage 2.
+        parts: of the batch.
+        near: L, to draw a number n in proportion to min(n, L) / max(n, L); `None` draws each alike.
 
     Returns:
-        A number of `elastic`, or `None` for the trained pace.
+        For each part a number of `elastic`, or `None` for the trained pace.
     """
-    if not elastic:
-        return None
-    generator = np.random.default_rng((seed, step))
-    return int(generator.choice(elastic)) if generator.random() < share else None
+    numbers = [None, *(elastic or ())]
+    weights = [1.0 if near is None else min(number, near) / max(number, near) for number in numbers[1:]]
+    shares = [1 - share, *(share * weight / sum(weights) for weight in weights)] if elastic else [1.0]
+    points = (np.random.default_rng((seed, step)).random() + np.arange(parts)) / parts
+    # the last share ends at 1, but for rounding
+    found = np.searchsorted(np.cumsum(shares)[:-1], points, side="right")
+    return [numbers[index] for index in found]
 
 
 def group_weights(weights: list[float], sizes: tuple[int, int, int]) -> list[float]:

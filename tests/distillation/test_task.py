@@ -1,5 +1,6 @@
 """Losses and schedules of the distillation, against loops written from the paper's equations in float64."""
 
+import collections
 import copy
 import math
 
@@ -171,18 +172,33 @@ def test_stage2_at_another_pace_compares_the_end_of_every_step_with_the_teacher_
     assert found["block_0"].item() == pytest.approx(np.mean(losses[:2]), rel=1e-5)
 
 
-def test_pace_is_drawn_by_seed_and_step_alone_in_the_share_that_is_asked_for():
-    draws = [draw_num_steps([4, 6, 16], 0.6, 0, step) for step in range(2000)]
+def test_paces_are_drawn_by_seed_and_step_alone_in_the_share_that_is_asked_for():
+    draws = [draw_num_steps([4, 6, 16], 0.6, 0, step)[0] for step in range(2000)]
     np.random.seed(5)
     torch.manual_seed(5)
-    assert draws == [draw_num_steps([4, 6, 16], 0.6, 0, step) for step in range(2000)]
-    assert draws != [draw_num_steps([4, 6, 16], 0.6, 1, step) for step in range(2000)]
+    assert draws == [draw_num_steps([4, 6, 16], 0.6, 0, step)[0] for step in range(2000)]
+    assert draws != [draw_num_steps([4, 6, 16], 0.6, 1, step)[0] for step in range(2000)]
     for number in (4, 6, 16):  # 400 expected, with a standard deviation of 18
         assert 310 < draws.count(number) < 490
     assert 710 < draws.count(None) < 890
-    assert {draw_num_steps([4], 0.0, 0, step) for step in range(50)} == {None}
-    assert {draw_num_steps([4], 1.0, 0, step) for step in range(50)} == {4}
-    assert draw_num_steps(None, 1.0, 0, 0) is None
+    assert {draw_num_steps([4], 0.0, 0, step)[0] for step in range(50)} == {None}
+    assert {draw_num_steps([4], 1.0, 0, step)[0] for step in range(50)} == {4}
+    assert draw_num_steps(None, 1.0, 0, 0, parts=3) == [None] * 3
+
+
+def test_parts_of_a_batch_are_drawn_as_if_alone_and_differ():
+    batches = [draw_num_steps([4, 6, 16], 0.75, 0, step, parts=4) for step in range(50)]
+    assert batches == [[None, 4, 6, 16]] * 50  # a quarter each
+    batches = [draw_num_steps([4, 6, 16], 0.6, 0, step, parts=2) for step in range(2000)]
+    for part, expected in ((0, {None: 0.8, 4: 0.2}), (1, {4: 0.2, 6: 0.4, 16: 0.4})):
+        counts = collections.Counter(batch[part] for batch in batches)
+        assert counts.keys() == expected.keys()
+        assert all(abs(counts[number] / 2000 - share) < 0.05 for number, share in expected.items())
+
+
+def test_paces_near_the_trained_one_are_drawn_by_their_ratio_to_it():
+    draws = collections.Counter(draw_num_steps([6, 12, 24], 1, 0, step, near=12)[0] for step in range(2000))
+    assert all(abs(draws[number] / 2000 - share) < 0.05 for number, share in ((6, 0.25), (12, 0.5), (24, 0.25)))
 
 
 def test_stage2_divides_every_layer_by_its_scale():

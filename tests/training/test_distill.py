@@ -312,7 +312,8 @@ def test_macs_are_of_the_images_that_the_processor_gives(run, tmp_path):
         {"image_sizes": [4, 8], "final_image_size": 16, "final_share": 0.4},
         {"augment": True, "optimizer": "muon", "init": "fitted", "fit_images": 16, "ema_decay": 0.5}
         | {"depth_conditioning": "low_rank", "branch_shifts": True},
-        {"elastic": [2, 3, 6], "elastic_targets": "nearest", "depth_conditioning": "low_rank"},
+        {"elastic": [2, 3, 6], "elastic_distribution": "near", "gradient_accumulation_steps": 2}
+        | {"elastic_targets": "nearest", "depth_conditioning": "low_rank"},
     ],
     ids=[
         "random access, average",
@@ -599,6 +600,27 @@ def test_elastic_student_is_measured_at_every_pace_that_it_learned(run, monkeypa
     assert len({row["r2"] for row in by_steps.values()}) == 3
     assert (folder / "figures" / "depths.png").exists() and "**Elastic**" in (folder / "README.md").read_text()
     assert RaptorConfig.from_pretrained(folder).step_scaling
+
+
+def test_parts_of_a_batch_take_paces_of_their_own_and_the_log_has_the_loss_of_each_pace(run, monkeypatch):
+    found, forward = [], distill.DistillationTask.forward
+
+    def spy(self, *args):
+        losses = forward(self, *args)
+        found.append((args[4] or 4, losses["loss"].item()))
+        return losses
+
+    monkeypatch.setattr(distill.DistillationTask, "forward", spy)
+    folder = run(elastic=[2, 8], elastic_share=0.5, gradient_accumulation_steps=2, stage1_steps=0, stage2_steps=6)
+    paces = [pace for pace, _ in found]
+    assert paces[::2] == [4] * 6 and set(paces[1::2]) == {2, 8}
+    records = json.loads((folder / "losses.json").read_text())["stage2"]
+    for record, calls in zip(records, (found[:6], found[6:]), strict=True):
+        names = {name for name in record if name.endswith("_steps")}
+        assert names == {f"loss_{pace}_steps" for pace, _ in calls}
+        for name in names:
+            own = [loss for pace, loss in calls if name == f"loss_{pace}_steps"]
+            assert record[name] == pytest.approx(sum(own) / len(own), rel=1e-5)
 
 
 def test_the_averaged_weights_are_evaluated_and_saved(run, monkeypatch):

@@ -230,8 +230,8 @@ class DistillSettings(RunSettings):
     )
     elastic: list[int] | None = setting(
         None,
-        help="numbers of steps through the whole depth that the student also learns, drawn anew for each batch of "
-        "stage 2; none trains one step per layer",
+        help="numbers of steps through the whole depth that the student also learns, drawn for each of the "
+        "gradient_accumulation_steps parts of a batch of stage 2; none trains one step per layer",
         group="training",
         unit="steps",
         at_least=1,
@@ -239,10 +239,16 @@ class DistillSettings(RunSettings):
     )
     elastic_share: float = setting(
         0.6,
-        help="share of the batches that take a number of steps from elastic",
+        help="share of these parts that take a number of steps from elastic",
         group="training",
         at_least=0,
         at_most=1,
+    )
+    elastic_distribution: Literal["uniform", "near"] = setting(
+        "uniform",
+        help="how often each number of elastic is drawn: all alike, or in proportion to its ratio to one step per layer, "
+        "the smaller over the larger",
+        group="training",
     )
     elastic_targets: Literal["interpolated", "nearest"] = setting(
         "interpolated",
