@@ -286,8 +286,8 @@ class Run:
 
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
         """
-        Gradients of one batch, in as many parts as they are accumulated over; the mean losses, of an elastic student also
-        those of the parts that took the same number of steps.
+        Gradients of one batch, in as many parts as they are accumulated over; the mean losses, for an elastic student
+        also of each number of steps that was taken.
         """
         accelerator, settings = self.accelerator, self.settings
         parts = settings.gradient_accumulation_steps

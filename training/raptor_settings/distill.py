@@ -246,8 +246,8 @@ class DistillSettings(RunSettings):
     )
     elastic_distribution: Literal["uniform", "near"] = setting(
         "uniform",
-        help="how often each number of elastic is drawn: all alike, or in proportion to its ratio to one step per layer, "
-        "the smaller over the larger",
+        help="how often a number of elastic is drawn: all alike, or those near one step per layer more often, in "
+        "proportion to the smaller over the larger",
         group="training",
     )
     elastic_targets: Literal["interpolated", "nearest"] = setting(

@@ -17,6 +17,8 @@ from .conclusions import Conclusion, Record, markdown_table
 
 # what an elastic student may lose against a dedicated one and count as good, by the means over seeds
 MARGINS = {"r2": 0.015, "student_accuracy": 0.01}
+# of R², what it may lose at one step per layer
+FULL_DEPTH_MARGIN = 0.003
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,16 @@ def depths_conclusion(variants: Mapping[str, Sequence[Record]]) -> Conclusion:
         ]
         numbers += entries
         held = [entry["num_steps"] for entry in entries if entry["within"]]
+        full = [entry["difference"]["r2"] for entry in entries if entry["num_steps"] == num_layers]
         parts.append(
             f"**{name}, beside a student of each number of steps** ({len(runs)} seed{'s' * (len(runs) > 1)}): within "
             f"{MARGINS['r2']} of R² and {100 * MARGINS['student_accuracy']:g} point of accuracy at {len(held)} of "
-            f"{len(entries)} numbers of steps."
+            f"{len(entries)} numbers of steps ({_verdict(len(held) == len(entries))})."
+            + "".join(
+                f" At one step per layer R² is {loss:+.3f} apart, and may be {FULL_DEPTH_MARGIN} below "
+                f"({_verdict(loss >= -FULL_DEPTH_MARGIN)})."
+                for loss in full
+            )
         )
         parts.append(_table(own, dedicated))
     parts.append(
@@ -101,6 +109,10 @@ def _against(own: Depth, other: Depth) -> dict[str, Any]:
     if None not in (*own.student_accuracy, *other.student_accuracy):
         gains["student_accuracy"] = statistics.fmean(own.student_accuracy) - statistics.fmean(other.student_accuracy)
     return {"difference": gains, "within": all(gain >= -MARGINS[score] for score, gain in gains.items())}
+
+
+def _verdict(is_met: bool) -> str:
+    return "met" if is_met else "missed"
 
 
 def _table(own: Mapping[int, Depth], dedicated: Mapping[int, Mapping[int, Depth]]) -> str:

@@ -58,6 +58,7 @@ def test_elastic_student_is_as_good_where_it_loses_no_more_than_the_margins(r2, 
     assert sum(entry["within"] for entry in conclusion.numbers) == num_within
     assert f"at {num_within} of 2 numbers of steps" in conclusion.text and "(2 seeds)" in conclusion.text
     assert conclusion.numbers[0]["difference"]["r2"] == pytest.approx(r2 - 0.91)
+    assert f"of 2 numbers of steps ({'met' if num_within == 2 else 'missed'})" in conclusion.text
     assert f"| 2 | 2.0 | {r2:.3f} ± 0.000 | 0.910 ± 0.000 |" in conclusion.text
     assert "| 8 | 8.0 | 0.940 ± 0.000 | - |" in conclusion.text
 
@@ -66,6 +67,16 @@ def test_unknown_accuracy_leaves_r2_to_decide():
     variants = study(accuracy=None)
     conclusion = depths.depths_conclusion(variants)
     assert all(entry["within"] and entry["difference"].keys() == {"r2"} for entry in conclusion.numbers)
+
+
+@pytest.mark.parametrize(
+    ("r2", "verdict"), [(0.9571, "-0.003 apart, and may be 0.003 below (met)"), (0.956, "below (missed)")]
+)
+def test_one_step_per_layer_has_a_margin_of_its_own(r2, verdict):
+    variants = study()
+    for run in variants["elastic"]:
+        run["r2_last"] = r2
+    assert verdict in depths.depths_conclusion(variants).text
 
 
 def test_elastic_students_are_lines_and_the_others_dots(tmp_path):
