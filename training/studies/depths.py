@@ -40,7 +40,7 @@ def learned_steps(run: Record) -> list[int]:
     """The numbers of steps that a student was trained for."""
     num_layers = sum(map(len, run["blocks"]))
     elastic, share = run["overrides"].get("elastic"), run["overrides"].get("elastic_share", 0.6)
-    if not elastic:
+    if not elastic or not share:
         return [num_layers]
     return sorted({*elastic, num_layers} if share < 1 else set(elastic))
 

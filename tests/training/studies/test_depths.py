@@ -45,6 +45,8 @@ def test_steps_that_a_student_learned_are_those_it_was_trained_for():
         "dedicated, 4 steps": [4],
         "untied, 3 layers": [3],
     }
+    measured_only = record("plain", {2: 0.4, 4: 0.96}, 0.9, 0, overrides={"elastic": [2], "elastic_share": 0})
+    assert depths.learned_steps(measured_only) == [4]
     two = depths.depths_of(variants["dedicated, 2 steps"])
     assert two == {2: depths.Depth(2_000_000, [0.91, 0.91], [0.9, 0.9])}
 
