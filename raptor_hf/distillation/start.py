@@ -12,7 +12,7 @@ first projections stay those that the student started with.
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +31,9 @@ BRANCHES = {
     "attention": ("attention.proj", "layer_scale1", "layer_scale1_gain", "attention_shift"),
     "ffn": ("ffn.fc2", "layer_scale2", "layer_scale2_gain", "ffn_shift"),
 }
+
+# of each image, the tokens whose rows enter a regression: those of one image tell much the same
+TOKENS_PER_IMAGE = 32
 
 # what `RaptorEncoder.positions` gives: cosines and sines, or None
 Positions = tuple[Tensor, Tensor] | None
@@ -69,27 +72,44 @@ class NormalEquations:
         """Mean of the features, (F,), and of the targets, (D,)."""
         return self.gram[-1, :-1] / self.gram[-1, -1], self.cross[-1] / self.gram[-1, -1]
 
-    def centered(self) -> tuple[Tensor, Tensor]:
-        """Gram matrix (F, F) and cross products (F, D) of the deviations from the means."""
-        count, (features, targets) = self.gram[-1, -1], self.means
-        return (
-            self.gram[:-1, :-1] - count * torch.outer(features, features),
-            self.cross[:-1] - count * torch.outer(features, targets),
-        )
-
     def spread(self) -> float:
         """Root of the targets' squared deviations from their mean, summed over rows and targets."""
         return float(self._squared_deviations().sum().sqrt())
 
-    def residual(self, weight: Tensor, gain: Tensor) -> float:
-        """Squared error per row of the targets by (features @ weight) * gain and an intercept, summed over targets."""
-        gram, cross = self.centered()
-        fitted, needed = (weight * (gram @ weight)).sum(0), (weight * cross).sum(0)
+    def products(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of features @ weight, (F, D): squared deviations from the mean, and products with those of the targets, (D,).
+
+        Both are sums over rows. The deviations are not formed, which would cost as much as the products.
+        """
+        count, (features, targets) = self.gram[-1, -1], self.means
+        mean = features @ weight
+        fitted = (weight * (self.gram[:-1, :-1] @ weight)).sum(0) - count * mean.square()
+        return fitted, (weight * self.cross[:-1]).sum(0) - count * mean * targets
+
+    def residual(self, gain: Tensor, fitted: Tensor, needed: Tensor) -> float:
+        """Squared error per row of the targets by (features @ weight) * gain and an intercept, summed over targets.
+
+        Args:
+            gain: (D,).
+            fitted, needed: `products` of the weight.
+        """
         error = self._squared_deviations() - 2 * gain * needed + gain.square() * fitted
         return float(error.sum().clamp(min=0) / self.gram[-1, -1])
 
     def _squared_deviations(self) -> Tensor:
         return (self.square - self.gram[-1, -1] * self.means[1].square()).clamp(min=0)
+
+
+class TokenSample:
+    """Draws the tokens of a batch whose rows enter a regression; the same draws in every process and every run."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """At most `TOKENS_PER_IMAGE` positions of states, (B, T, D): the first, which is the cls token, and others."""
+        others = 1 + torch.randperm(states.shape[1] - 1, generator=self.generator)
+        return torch.cat((torch.zeros(1, dtype=torch.long), others))[:TOKENS_PER_IMAGE].to(states.device)
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -115,7 +135,7 @@ def fit_to_teacher(
     student: RaptorPreTrainedModel,
     batches: Iterable[Tensor],
     *,
-    rounds: int = 4,
+    rounds: int = 2,
     ridge: float = 0.3,
     memory: float = 0.5,
 ) -> None:
@@ -179,6 +199,7 @@ class _BlockFit:
         self.conditioner: nn.Module = encoder.conditioners[block]
         self.plan = tuple((block, float(layer)) for layer in layers)
         self.starts = {run[0] for run in runs(layers)}
+        self.sample = TokenSample()
         self.prior, self.sums = {}, {}
         for branch, (name, scale_name, _, _) in BRANCHES.items():
             projection, scale = self.block.get_submodule(name), getattr(self.block, scale_name).lambda1
@@ -217,7 +238,8 @@ class _BlockFit:
                 features, target = seen["attention"], middles[layer].float() - state
             else:
                 features, target = seen["ffn"], trajectory[layer].float() - seen["middle"].float()
-            self.sums[branch][index].add(features, target)
+            chosen = self.sample(target)
+            self.sums[branch][index].add(features[:, chosen], target[:, chosen])
             state = output
 
     def solve(self, branch: str) -> None:
@@ -227,7 +249,7 @@ class _BlockFit:
         gains, shifts = getattr(self.conditioner, gain_name, None), getattr(self.conditioner, shift_name, None)
         importance, bias = [self.weights[layer] for layer in self.layers], None
         if shifts is not None:
-            weight, fitted = solve_tied(steps, importance, prior, self.ridge)
+            weight, fitted, _ = solve_tied(steps, importance, prior, self.ridge)
             for index, (equations, gain) in enumerate(zip(steps, fitted, strict=True)):
                 features, targets = equations.means
                 shifts[index] = targets - gain * (features @ weight)
@@ -240,7 +262,7 @@ class _BlockFit:
             if projection.bias is None:
                 weight = solve_ridge(gram[:-1, :-1], cross[:-1], prior, self.ridge)
             else:
-                weight, bias = _solve_with_intercept(gram, cross, prior, self.ridge)
+                weight, bias = solve_with_intercept(gram, cross, prior, self.ridge)
             if gains is not None:
                 gains.copy_(torch.tensor(scales)[:, None].expand_as(gains) - 1)
         projection.weight.copy_(weight.T)
@@ -256,10 +278,18 @@ def _relative_spreads(steps: list[NormalEquations]) -> list[float]:
     return [spread / reference if reference else 1.0 for spread in spreads]
 
 
-def solve_tied(
-    steps: list[NormalEquations], importance: list[Tensor], prior: Tensor, ridge: float
-) -> tuple[Tensor, list[Tensor]]:
+class TiedFit(NamedTuple):
+    """One weight for all steps of a block, (F, D), with gains of each, (D,), and the squared error per row of each."""
+
+    weight: Tensor
+    gains: list[Tensor]
+    errors: list[float]
+
+
+def solve_tied(steps: list[NormalEquations], importance: list[Tensor], prior: Tensor, ridge: float) -> TiedFit:
     """One weight for all steps, with a gain of each step for every target and an intercept of its own.
+
+    The gains are fitted after the weight, and pulled a little to the spread of the step's targets.
 
     Args:
         steps: the normal equations of each step.
@@ -268,24 +298,26 @@ def solve_tied(
         ridge: strength of that pull, as in `solve_ridge`.
 
     Returns:
-        The weight, (F, D), and the gains of each step, (D,), in float64. The gains are fitted after the weight, and
-        pulled a little to the spread of the step's targets.
+        Weight and gains in float64.
     """
-    scales, gram, cross = _relative_spreads(steps), 0, 0
+    scales = _relative_spreads(steps)
+    gram, cross = prior.new_zeros(len(prior), len(prior)), torch.zeros_like(prior)
     for equations, scale, share in zip(steps, scales, importance, strict=True):
-        own_gram, own_cross = equations.centered()
-        gram, cross = gram + share * scale**2 * own_gram, cross + share * scale * own_cross
+        share, count, (features, targets) = float(share) * scale, float(equations.gram[-1, -1]), equations.means
+        gram.add_(equations.gram[:-1, :-1], alpha=share * scale)
+        gram.addr_(features, features, alpha=-share * scale * count)
+        cross.add_(equations.cross[:-1], alpha=share).addr_(features, targets, alpha=-share * count)
     weight = solve_ridge(gram, cross, prior, ridge)
-    gains = []
+    gains, errors = [], []
     for equations, scale in zip(steps, scales, strict=True):
-        own_gram, own_cross = equations.centered()
-        fitted, needed = (weight * (own_gram @ weight)).sum(0), (weight * own_cross).sum(0)
+        fitted, needed = equations.products(weight)
         pull = 0.01 * fitted.mean().clamp(min=1e-30)
         gains.append((needed + pull * scale) / (fitted + pull))
-    return weight, gains
+        errors.append(equations.residual(gains[-1], fitted, needed))
+    return TiedFit(weight, gains, errors)
 
 
-def _solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """W, (F, D), and b, (D,), from sums whose last feature is one, that one left free."""
     count = gram[-1, -1]
     features, targets = gram[-1, :-1] / count, cross[-1] / count

@@ -17,7 +17,15 @@ from torch import Tensor
 from ..conversion import student_from_teacher
 from ..modeling_raptor import RaptorBlock
 from ..teacher import Teacher
-from .start import BRANCHES, NormalEquations, Positions, between_branches, solve_tied, watch_branches
+from .start import (
+    BRANCHES,
+    NormalEquations,
+    Positions,
+    TokenSample,
+    between_branches,
+    solve_tied,
+    watch_branches,
+)
 from .task import LayerVariance
 
 
@@ -56,7 +64,7 @@ def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.
     weights = 1 / variance.compute().double().clamp(min=1e-30)
     middles = between_branches(teacher, student.config, trajectories, positions)
 
-    costs = np.full((num_layers, num_layers), np.inf)
+    costs, sample = np.full((num_layers, num_layers), np.inf), TokenSample()
     for middle in range(1, num_layers + 1):
         block.load_state_dict(teacher.block_state_dict(middle))
         torch.clear_autocast_cache()  # which has a half-precision copy of the weights before
@@ -67,23 +75,26 @@ def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.
         ends = [(start, 2 * middle - start + odd) for start in range(1, middle + 1) for odd in (0, 1)]
         spans = [(start, end) for start, end in ends if end <= num_layers]
         sums = {
-            layer: _layer_sums(block, layer, trajectories, middles, positions)
+            layer: _layer_sums(block, layer, trajectories, middles, positions, sample)
             for layer in range(min(start for start, _ in spans), max(end for _, end in spans) + 1)
         }
         for start, end in spans:
             layers, cost = range(start, end + 1), 0.0
             importance = [weights[layer] / teacher.hidden_size for layer in layers]
             for branch, prior in enumerate(priors):
-                steps = [sums[layer][branch] for layer in layers]
-                weight, gains = solve_tied(steps, importance, prior, ridge)
-                for equations, gain, share in zip(steps, gains, importance, strict=True):
-                    cost += float(share) * equations.residual(weight, gain)
+                errors = solve_tied([sums[layer][branch] for layer in layers], importance, prior, ridge).errors
+                cost += sum(float(share) * error for share, error in zip(importance, errors, strict=True))
             costs[start - 1, end - 1] = cost
     return costs
 
 
 def _layer_sums(
-    block: RaptorBlock, layer: int, trajectories: list[Tensor], middles: list[Tensor], positions: list[Positions]
+    block: RaptorBlock,
+    layer: int,
+    trajectories: list[Tensor],
+    middles: list[Tensor],
+    positions: list[Positions],
+    sample: TokenSample,
 ) -> list[NormalEquations]:
     """What the last projection of each branch reads in the teacher's states at a layer, and what it should add."""
     sums = []
@@ -95,6 +106,7 @@ def _layer_sums(
         with watch_branches(block) as seen:
             block.attention(block.norm1(before), positions=own)
             block.ffn(block.norm2(between))
-        sums[0].add(seen["attention"], between - before)
-        sums[1].add(seen["ffn"], after - between)
+        chosen = sample(before)
+        sums[0].add(seen["attention"][:, chosen], (between - before)[:, chosen])
+        sums[1].add(seen["ffn"][:, chosen], (after - between)[:, chosen])
     return sums

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from raptor_hf.conversion import student_from_teacher, to_dinov2
-from raptor_hf.distillation.start import NormalEquations, fit_to_teacher, solve_ridge
+from raptor_hf.distillation.start import (
+    TOKENS_PER_IMAGE,
+    NormalEquations,
+    TokenSample,
+    fit_to_teacher,
+    solve_ridge,
+    solve_with_intercept,
+)
 from raptor_hf.distillation.task import LayerVariance
 from raptor_hf.teacher import Teacher, load_teacher
 from tests.support.tiny_models import randomize, tiny_dinov2
@@ -37,12 +44,34 @@ def test_normal_equations_in_batches_solve_as_least_squares_over_all_rows():
     equations = NormalEquations(5, 3)
     for rows in (slice(0, 20), slice(20, 60)):
         equations.add(torch.tensor(features[rows]).view(2, -1, 5), torch.tensor(targets[rows]).view(2, -1, 3))
-    weight = solve_ridge(*equations.centered(), torch.zeros(5, 3, dtype=torch.float64), ridge=0.0)
-    mean_features, mean_targets = equations.means
+    prior = torch.zeros(5, 3, dtype=torch.float64)
+    weight, intercept = solve_with_intercept(equations.gram, equations.cross, prior, ridge=0.0)
     expected = np.linalg.lstsq(np.c_[features, np.ones(60)], targets, rcond=None)[0]
     np.testing.assert_allclose(weight, expected[:-1], atol=1e-5)
-    np.testing.assert_allclose(mean_targets - mean_features @ weight, expected[-1], atol=1e-5)
+    np.testing.assert_allclose(intercept, expected[-1], atol=1e-5)
     assert equations.spread() == pytest.approx(np.sqrt(((targets - targets.mean(0)) ** 2).sum()), rel=1e-5)
+
+
+def test_products_and_residual_of_a_weight_are_those_of_its_rows():
+    generator = np.random.default_rng(2)
+    features, targets, weight = generator.normal(2, 1, (50, 4)), generator.normal(size=(50, 3)), np.ones((4, 3))
+    gain, equations = np.array([0.5, 1.0, -2.0]), NormalEquations(4, 3)
+    equations.add(torch.tensor(features), torch.tensor(targets))
+    products = equations.products(torch.tensor(weight))
+    outputs, wanted = features @ weight, targets - targets.mean(0)
+    outputs -= outputs.mean(0)
+    np.testing.assert_allclose(products[0], (outputs**2).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(products[1], (outputs * wanted).sum(0), rtol=1e-4, atol=1e-5)
+    expected = ((outputs * gain - wanted) ** 2).sum(1).mean()
+    assert equations.residual(torch.tensor(gain), *products) == pytest.approx(expected, rel=1e-5)
+
+
+def test_of_a_long_image_the_cls_token_and_others_of_all_places_enter_the_regressions():
+    sample, states = TokenSample(), torch.zeros(2, 101, 8)
+    draws = [sample(states) for _ in range(20)]
+    assert all(len(set(draw.tolist())) == TOKENS_PER_IMAGE and draw[0] == 0 for draw in draws)
+    assert len(set(torch.cat(draws).tolist())) == 101
+    assert sorted(TokenSample()(torch.zeros(2, 5, 8)).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_the_ridge_pulls_towards_its_prior_as_rows_that_say_so_would():
