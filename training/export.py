@@ -119,7 +119,7 @@ def open_loaders(settings: ExportSettings, model: PreTrainedModel) -> tuple[list
         return eval_loader(images, processor, batch_size=settings.batch_size, limit=limit)
 
     calibration = None
-    if any(precision == "int8_static" for _, precision in settings.files()):
+    if any(precision in ("int8_static", "int4") for _, precision in settings.files()):
         batches = loader(settings.calibration_split, settings.calibration_images)
         calibration = [batch["pixel_values"] for batch in batches]
     return calibration, loader(settings.test_split, settings.test_images)

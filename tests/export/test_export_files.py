@@ -132,6 +132,20 @@ def test_four_bits_are_near_the_model_and_smaller_than_int8(quantised):
     assert paths["int4"].stat().st_size < paths["int8_dynamic"].stat().st_size
 
 
+def test_four_bits_lose_less_with_calibration_images_at_the_same_bytes(quantised, tmp_path):
+    from raptor_hf.export.onnx_files import quantize_onnx
+
+    model, paths = quantised
+    quantize_onnx(paths["float32"], tmp_path / "nearest.onnx", "int4")
+    lost = []
+    for path in (paths["int4"], tmp_path / "nearest.onnx"):
+        score = Agreement()
+        score.update(open_file(path, num_threads=1)(tiny_images(64))[0], outputs_of(model, tiny_images(64))[0])
+        lost.append(score.compute()["relative_difference"])
+    assert lost[0] < 0.9 * lost[1]
+    assert paths["int4"].stat().st_size == (tmp_path / "nearest.onnx").stat().st_size
+
+
 @pytest.mark.parametrize("precision", ["int8_dynamic", "int8_static"])
 def test_quantised_weights_are_stored_once_with_a_scale_for_each_channel(quantised, precision):
     import onnx

@@ -40,13 +40,19 @@ class ExportSettings:
     )
     dataset: str | None = setting(
         None,
-        help="images to measure on and, for int8_static, to calibrate with, a name on the Hub, a folder, or digits",
+        help="images to measure on and to calibrate int8_static and int4 with, a name on the Hub, a folder, or digits",
         group="images",
     )
-    calibration_split: str = setting("train", help="split that ranges of activations are found on", group="images")
+    calibration_split: str = setting(
+        "train", help="split that ranges and moments of activations are found on", group="images"
+    )
     test_split: str = setting("test", help="split that is measured on", group="images")
     calibration_images: int = setting(
-        128, help="images that ranges of activations are found on", unit="images", above=0, group="images"
+        128,
+        help="images that ranges and moments of activations are found on",
+        unit="images",
+        above=0,
+        group="images",
     )
     test_images: int | None = setting(
         None, help="images that are measured; none takes all", unit="images", above=0, group="images"
