@@ -1,14 +1,15 @@
 """Benchmark: small on a device. Students beside their teachers as files: bytes, memory, start, latency, agreement.
 
-    python -m training.benchmarks.device  # latency and streamed weights, 10 minutes on one core; Linux
+    python -m training.benchmarks.device  # all but agreement, 20 minutes on one core; Linux
     python -m training.benchmarks.device --sizes vits14  # one size; the page keeps the others
     python -m training.benchmarks.device --parts agreement --students model_cards/digits-k3 \
         --teachers model_cards/digits-teacher --datasets digits
 
 Parts: "latency", eight files of each size, which run alternately in one process, and each alone in a process of its own
-for memory and start; "streamed", where weights come from memory or disk each time they are used; "agreement", what
-quantisation costs. Each writes a JSON file to output_dir, and all of them together README.md there. Weights of the
-first two are random, which does not change the speed.
+for memory and start; "streamed", where weights come from memory or disk each time they are used; "start", from the
+start of a process to its first output; "merged", a student with weights for each step, as DINOv2; "agreement", what
+quantisation costs. Each writes a JSON file to output_dir, and all of them together README.md there. Weights of all but
+the last are random, which does not change the speed.
 """
 
 import ctypes
@@ -16,6 +17,8 @@ import json
 import logging
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
+from raptor_hf.conversion import to_dinov2
 from raptor_hf.data.loaders import usable_cores
 from raptor_hf.export.agreement import open_file
 from raptor_hf.export.onnx_files import quantize_onnx, save_onnx
@@ -46,7 +50,7 @@ from .training import SHAPES
 
 logger = logging.getLogger("device")
 
-PARTS = ("latency", "streamed", "agreement")
+PARTS = ("latency", "streamed", "start", "merged", "agreement")
 # the teacher, and the student of forward.py that has the most to compute
 MODELS = {"teacher": TEACHER, "student": "mlp, low_rank"}
 RUNTIMES = ("torch", "torch int8", "onnx", "onnx int8")
@@ -64,7 +68,7 @@ class DeviceSettings:
     command: ClassVar[str] = "python -m training.benchmarks.device"
     example: ClassVar[str] = "--parts latency --sizes vits14"
 
-    parts: list[str] = setting(["latency", "streamed"], help=f"parts, of {', '.join(PARTS)}", group="run")
+    parts: list[str] = setting(list(PARTS[:-1]), help=f"parts, of {', '.join(PARTS)}", group="run")
     sizes: list[str] = setting(["vits14", "vitb14"], help="sizes of the models", group="teacher")
     batch_sizes: list[int] = setting([1, 8], help="batch sizes", unit="images", above=0, at_most=1024, group="images")
     repeats: int = setting(5, help="timings of each row", at_least=3, at_most=1000, group="run")
@@ -103,7 +107,7 @@ def main() -> None:
     facts = describe_environment(CPU)
     if "agreement" in settings.parts:
         write_json(folder / "agreement.json", {"agreement": agreement(settings, folder), **facts})
-    measured = {"latency": latency, "streamed": streamed}
+    measured = {"latency": latency, "streamed": streamed, "start": start, "merged": merged}
     for part, size in [(part, size) for size in settings.sizes for part in measured if part in settings.parts]:
         with tempfile.TemporaryDirectory() as scratch:
             rows = measured[part](size, Path(scratch), settings)
@@ -222,12 +226,54 @@ def streamed(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str
         with multiprocessing.get_context("fork").Pool(workers) as pool:
             pairs = pool.starmap(few_tokens, arguments, chunksize=1)
         teacher, student = np.concatenate(pairs, axis=1)
-        comparison = Comparison(teacher.tolist(), student.tolist())
-        low, high = comparison.quartiles
         row = {"size": size, "what": what, "num_processes": workers, "num_cores": usable_cores()}
-        row |= {"teacher_seconds": float(np.median(teacher)), "student_seconds": float(np.median(student))}
-        rows.append(row | {"ratio": comparison.ratio, "ratio_quartiles": [1 / high, 1 / low]})
-        logger.info("%s, %s: %.3f", size, what, comparison.ratio)
+        rows.append(row | compared(teacher=teacher, student=student))
+        logger.info("%s, %s: %.3f", size, what, rows[-1]["ratio"])
+    return rows
+
+
+def compared(**seconds: np.ndarray) -> dict[str, Any]:
+    """Median seconds of two, and median and quartiles of the second's over the first's, pair by pair."""
+    comparison = Comparison(*(own.tolist() for own in seconds.values()))
+    low, high = comparison.quartiles
+    medians = {f"{name}_seconds": float(np.median(own)) for name, own in seconds.items()}
+    return {**medians, "ratio": comparison.ratio, "ratio_quartiles": [1 / high, 1 / low]}
+
+
+def start(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str, Any]]:
+    """Seconds by the clock from the start of a process to its first output, for both runtimes of ONNX files."""
+    write_files(size, folder)
+    script, side = Path(__file__).with_name("cold_start.py"), SHAPES[size]["image_size"]
+    rows = []
+    for runtime in ("onnx", "onnx int8"):
+        paths = [path_of(folder, name, runtime) for name in MODELS]
+        seconds = np.zeros((2, settings.repeats))
+        for repeat in range(settings.repeats):
+            for index in (0, 1) if repeat % 2 else (1, 0):
+                drop_from_memory(paths[index])
+                began = time.perf_counter()
+                subprocess.run([sys.executable, str(script), str(paths[index]), str(side)], check=True)
+                seconds[index, repeat] = time.perf_counter() - began
+        rows.append({"size": size, "runtime": runtime, **compared(teacher=seconds[0], student=seconds[1])})
+        logger.info("%s, start, %s: %.3f", size, runtime, rows[-1]["ratio"])
+    return rows
+
+
+@torch.no_grad()
+def merged(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str, Any]]:
+    """Processor time of a student, and of the DINOv2 into whose layers its terms of each step are merged, in turn."""
+    torch.set_num_threads(1)
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        student = build(size, MODELS["student"])
+        models = [model.to(dtype) for model in (student, to_dinov2(student))]
+        for batch_size in settings.batch_sizes:
+            images = images_of(size, batch_size).to(dtype)
+            calls = [partial(model, images) for model in models]
+            times = alternate(calls, repeats=settings.repeats, warmup=1, device=CPU, clock=time.process_time)
+            row = {"size": size, "dtype": str(dtype).removeprefix("torch."), "batch_size": batch_size}
+            rows.append(row | compared(student=times[0], merged=times[1]))
+            logger.info("%s, merged, %s, batch %d: %.3f", size, row["dtype"], batch_size, rows[-1]["ratio"])
     return rows
 
 

@@ -10,6 +10,8 @@ from .report import NAMES
 COMMAND = "python -m training.benchmarks.device"
 # points that quantisation may cost
 GOAL = 0.5
+# titles of what `_compared` gives
+COMPARED = ("ms, teacher", "ms, student", "time of the teacher's")
 
 
 def page(records: Mapping[str, dict[str, Any]]) -> str:
@@ -19,7 +21,13 @@ def page(records: Mapping[str, dict[str, Any]]) -> str:
         records: contents of the JSON files, by part.
     """
     parts = ["# Small on a device", f"    {COMMAND}"]
-    writers = {"latency": latency_part, "streamed": streamed_part, "agreement": agreement_part}
+    writers = {
+        "latency": latency_part,
+        "streamed": streamed_part,
+        "start": start_part,
+        "merged": merged_part,
+        "agreement": agreement_part,
+    }
     for part, writer in writers.items():
         if part in records:
             parts += writer(records[part][part])
@@ -58,12 +66,16 @@ def latency_part(rows: list[dict[str, Any]]) -> list[str]:
 def streamed_part(rows: list[dict[str, Any]]) -> list[str]:
     """Ratios where reading weights is most of the work."""
     lines = [
-        [NAMES[row["size"]], row["what"], str(row["num_processes"]), str(row["num_cores"])]
-        + [f"{1e3 * row['teacher_seconds']:.1f}", f"{1e3 * row['student_seconds']:.1f}"]
-        + [f"{row['ratio']:.2f} [{row['ratio_quartiles'][0]:.2f}, {row['ratio_quartiles'][1]:.2f}]"]
+        [
+            NAMES[row["size"]],
+            row["what"],
+            str(row["num_processes"]),
+            str(row["num_cores"]),
+            *_compared(row, "teacher", "student"),
+        ]
         for row in rows
     ]
-    titles = ["size", "", "processes", "cores", "ms, teacher", "ms, student", "time of the teacher's"]
+    titles = ["size", "", "processes", "cores", *COMPARED]
     return [
         "## Where weights are streamed",
         "One image of 2 x 2 patches in PyTorch, float32, one thread a process: a weight that was read is used for nine "
@@ -71,6 +83,37 @@ def streamed_part(rows: list[dict[str, Any]]) -> list[str]:
         "and seconds are by the clock; otherwise they are processor time.",
         markdown_table(titles, lines, 2),
     ]
+
+
+def start_part(rows: list[dict[str, Any]]) -> list[str]:
+    """Ratios of a process that is started for one image."""
+    lines = [[NAMES[row["size"]], row["runtime"], *_compared(row, "teacher", "student")] for row in rows]
+    return [
+        "## From the start of a process to its first output",
+        "A Python process that imports onnxruntime, opens a file that was not in memory, and runs one image of 224 px "
+        "in one thread, by the clock. The ratio is a median over pairs, quartiles in brackets.",
+        markdown_table(["size", "runtime", *COMPARED], lines, 2),
+    ]
+
+
+def merged_part(rows: list[dict[str, Any]]) -> list[str]:
+    """What weights for each step gain."""
+    lines = [
+        [NAMES[row["size"]], row["dtype"], str(row["batch_size"]), *_compared(row, "student", "merged")] for row in rows
+    ]
+    titles = ["size", "numbers", "batch", "ms, student", "ms, merged", "time of the student's"]
+    return [
+        "## Weights for each step",
+        "Where memory allows, `raptor_hf.to_dinov2` merges the low-rank terms of every step into weights of its own: "
+        "the same function, in the memory of the teacher. PyTorch, one thread, processor time.",
+        markdown_table(titles, lines, 3),
+    ]
+
+
+def _compared(row: dict[str, Any], *names: str) -> list[str]:
+    """Milliseconds of two, and the ratio with its quartiles."""
+    low, high = row["ratio_quartiles"]
+    return [*(f"{1e3 * row[f'{name}_seconds']:.1f}" for name in names), f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"]
 
 
 def agreement_part(rows: list[dict[str, Any]]) -> list[str]:

@@ -72,8 +72,14 @@ def test_benchmark_measures_every_file_and_writes_its_page(tmp_path, monkeypatch
     assert all(row["start_seconds"] > 0 and row["peak_bytes"] > 0 and row["seconds"] > 0 for row in rows)
     streamed = json.loads((tmp_path / "streamed.json").read_text())["streamed"]
     assert [row["num_processes"] for row in streamed] == [1, 2, 1] and all(row["ratio"] > 0 for row in streamed)
+    started = json.loads((tmp_path / "start.json").read_text())["start"]
+    assert [row["runtime"] for row in started] == ["onnx", "onnx int8"]
+    # a process that imports onnxruntime takes longer than one call
+    assert all(row["student_seconds"] > by_case["student", row["runtime"]]["seconds"] for row in started)
+    merged = json.loads((tmp_path / "merged.json").read_text())["merged"]
+    assert [row["dtype"] for row in merged] == ["float32", "bfloat16"] and all(row["ratio"] > 0 for row in merged)
     page = (tmp_path / "README.md").read_text()
-    assert "## Size, memory, start and latency" in page and page.count("| digits (8 px, D=96) |") == 8 + 3
+    assert "## Size, memory, start and latency" in page and page.count("| digits (8 px, D=96) |") == 8 + 3 + 2 + 2
 
 
 @pytest.mark.slow
