@@ -79,7 +79,9 @@ def plot_perturbation(
     grid[1, 2].set_xticks(first.sizes, [f"{value:g}" for value in first.sizes])
     grid[1, 2].minorticks_off()
     grid[1, 2].spines[["top", "right"]].set_visible(False)
-    for axes in grid[1, 3:]:
+    # without a classifier no model has predictions
+    num_panels = 3 if any(result.unchanged is not None for result in results.values()) else 2
+    for axes in grid[1, num_panels:]:
         axes.set_visible(False)
     _add_legend(figure, results)
     return saved(figure, path, dpi=110)

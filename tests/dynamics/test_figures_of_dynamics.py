@@ -1,5 +1,7 @@
 """What readers take from the figures by colour, legend and tick: that these mean the same throughout a report."""
 
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -54,3 +56,12 @@ def test_angles_of_noise_have_ticks_within_a_decade():
     np.testing.assert_allclose(ticks, [7, 10, 15])
     labels = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
     assert labels == ["7", "10", "15"]
+
+
+def test_models_without_predictions_have_no_panel_for_them():
+    result = perturbation([17.0, 12.0])
+    shown = [axes.get_xlabel() for axes in plot_perturbation({"a": result}).axes if axes.get_visible()]
+    assert not any("size of the noise" in label for label in shown)
+    judged = dataclasses.replace(result, unchanged=Curve(torch.ones(1, 1), torch.zeros(1, 1), 5))
+    shown = [axes.get_xlabel() for axes in plot_perturbation({"a": result, "b": judged}).axes if axes.get_visible()]
+    assert sum("size of the noise" in label for label in shown) == 1
