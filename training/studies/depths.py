@@ -84,7 +84,7 @@ def depths_conclusion(variants: Mapping[str, Sequence[Record]]) -> Conclusion:
             f"{MARGINS['r2']} of R² and {100 * MARGINS['student_accuracy']:g} point of accuracy at {len(held)} of "
             f"{len(entries)} numbers of steps ({_verdict(len(held) == len(entries))})."
             + "".join(
-                f" At one step per layer R² is {loss:+.3f} apart, and may be {FULL_DEPTH_MARGIN} below "
+                f" At one step per layer R² is {loss:+.4f} apart, and may be {FULL_DEPTH_MARGIN} below "
                 f"({_verdict(loss >= -FULL_DEPTH_MARGIN)})."
                 for loss in full
             )
