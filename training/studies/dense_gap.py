@@ -22,7 +22,7 @@ import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +73,13 @@ def main() -> None:
         place = Path(settings.runs_dir) / slug(probe)
         place.mkdir(parents=True, exist_ok=True)
         for group in shared_passes(models, place):
-            for name, record in measure(group).items():
+            for name, record in measure(group):
                 write_json(place / f"{slug(name)}.json", {"model": name, "probe": probe, **record})
                 logger.info("%s: %s", probe, name)
-        records += [read_json(place / f"{slug(name)}.json") for name in models]
+        own = [read_json(place / f"{slug(name)}.json") for name in models]
+        with user_errors():
+            check_one_size(probe, own)
+        records += own
     for record in records:
         if settings.class_names and "classes" in record["scores"]:
             record["scores"]["classes"] = settings.class_names
@@ -103,6 +106,25 @@ def plan_models(settings: DenseGapSettings, probe: list[str]) -> dict[str, Probe
     }
 
 
+def check_one_size(probe: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses to compare models that saw images of different sizes, as they do by default, each by its own processor.
+
+    Args:
+        probe: its name.
+        records: of all models.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    sizes = {record["model"]: record["image_size"] for record in records}
+    if len({tuple(size) for size in sizes.values()}) > 1:
+        listed = ", ".join(f"{model}: {height} x {width}" for model, (height, width) in sizes.items())
+        raise ValueError(
+            f"`probes` has {probe!r} with images of several sizes ({listed}); it must give all models one; add "
+            "--image_size and --resize_size, and remove the records of the models that saw another one from `runs_dir`"
+        )
+
+
 def shared_passes(models: Mapping[str, ProbeSettings], place: Path) -> Iterable[dict[str, ProbeSettings]]:
     """The models that have no record yet, those together that are the first layers of one."""
     groups: dict[tuple[str, bool], dict[str, ProbeSettings]] = {}
@@ -112,11 +134,14 @@ def shared_passes(models: Mapping[str, ProbeSettings], place: Path) -> Iterable[
     return groups.values()
 
 
-def measure(models: Mapping[str, ProbeSettings]) -> dict[str, dict[str, Any]]:
+def measure(models: Mapping[str, ProbeSettings]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What heads read in the first layers of one model, for every number of layers; one pass over the images.
 
     Args:
         models: settings that differ in num_layers alone, by name.
+
+    Yields:
+        A name and its record, as soon as the heads of that model are scored.
     """
     settings = next(iter(models.values()))
     accelerator = Accelerator(mixed_precision=precision_of(settings.mixed_precision))
@@ -132,21 +157,22 @@ def measure(models: Mapping[str, ProbeSettings]) -> dict[str, dict[str, Any]]:
         )
     )
     score = score_segmentation if settings.task == "semantic-segmentation" else score_classification
-    records = {}
     for index, (name, own) in enumerate(models.items()):
         backbone = load_backbone(own.model, num_layers=own.num_layers, reinitialize=own.reinitialize).model
         image = torch.zeros(1, backbone.config.num_channels, *inputs.image_size)
-        records[name] = {
-            "task": own.task,
-            "image_size": list(inputs.image_size),
-            "num_images": [inputs.num_train_images, inputs.num_test_images],
-            "parameters": count_parameters(backbone),
-            "macs": macs(backbone, image),
-            "seeds": own.seeds,
-            "scores": score(inputs, own, *((features[index], labels) for features, labels in (train, test))),
-            **describe_environment(torch.device("cpu")),
-        }
-    return records
+        yield (
+            name,
+            {
+                "task": own.task,
+                "image_size": list(inputs.image_size),
+                "num_images": [inputs.num_train_images, inputs.num_test_images],
+                "parameters": count_parameters(backbone),
+                "macs": macs(backbone, image),
+                "seeds": own.seeds,
+                "scores": score(inputs, own, *((features[index], labels) for features, labels in (train, test))),
+                **describe_environment(torch.device("cpu")),
+            },
+        )
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from tests.support.tiny_models import tiny_dinov2
 from training import probe
-from training.studies.dense_gap import DenseGapSettings, main, measure, page, segment_sizes
+from training.studies.dense_gap import DenseGapSettings, check_one_size, main, measure, page, segment_sizes
 
 FLAGS = "--augment none --epochs 2 --learning_rate 1e-2 --warmup_steps 1 --batch_size 8 --eval_batch_size 8 --seeds 3 4"
 DIGITS = (
@@ -38,7 +38,7 @@ def settings_of(flags: str, teacher) -> ProbeSettings:
 
 @pytest.mark.parametrize(("flags", "metric"), [(DIGITS, "accuracy"), (SCENES, "mean_iou")])
 def test_scores_of_all_seeds_are_those_of_the_probe(teacher, tmp_path, monkeypatch, flags, metric):
-    own = measure({"teacher": settings_of(flags, teacher)})["teacher"]
+    own = dict(measure({"teacher": settings_of(flags, teacher)}))["teacher"]
     monkeypatch.setattr(
         "sys.argv", ["probe.py", *flags.split(), "--model", str(teacher), "--output_dir", str(tmp_path)]
     )
@@ -52,7 +52,7 @@ def test_scores_of_all_seeds_are_those_of_the_probe(teacher, tmp_path, monkeypat
 def test_first_layers_that_share_a_pass_score_as_alone(teacher):
     whole = settings_of(DIGITS, teacher)
     cut = dataclasses.replace(whole, num_layers=2)
-    together, alone = measure({"whole": whole, "cut": cut}), measure({"cut": cut})
+    together, alone = dict(measure({"whole": whole, "cut": cut})), dict(measure({"cut": cut}))
     assert together["cut"] == alone["cut"] and together["cut"]["parameters"] < together["whole"]["parameters"]
     assert together["cut"]["scores"] != together["whole"]["scores"]
 
@@ -107,6 +107,20 @@ def test_what_was_measured_is_not_measured_again(teacher, tmp_path, monkeypatch,
     main()
     assert files == {name: (tmp_path / "out" / name).read_bytes() for name in files}
     assert len(json.loads(files["results.json"])["records"]) == 4
+
+
+def test_models_are_yielded_one_by_one_so_that_an_interrupted_study_keeps_them(teacher):
+    scored = measure({"whole": settings_of(DIGITS, teacher), "cut": settings_of(f"{DIGITS} --num_layers 1", teacher)})
+    name, first = next(scored)
+    assert name == "whole" and len(first["scores"]["both"]["linear"]) == 2
+    assert next(scored)[0] == "cut" and next(scored, None) is None
+
+
+def test_models_that_saw_images_of_different_sizes_are_not_compared():
+    records = [record("whole", "photos", {}), record("student", "photos", {}) | {"image_size": [112, 112]}]
+    check_one_size("photos", records[:1])
+    with pytest.raises(ValueError, match=r"'photos'.*whole: 224 x 224, student: 112 x 112.*add --image_size"):
+        check_one_size("photos", records)
 
 
 @pytest.mark.parametrize(
