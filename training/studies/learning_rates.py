@@ -5,8 +5,8 @@
         --run "ViT-S/14, 384 wide" "training/configs/distill/digits_k3.yaml --stage2_steps 60 --teacher path/to/vits14"
 
 Each `--run` has a name and the arguments of training/distill.py, to which the rate and the output folder are added.
-A run that diverges has no score. Gives `results.json` and `figure.png` in the folder; the best rate of each has the
-highest mean R^2 over layers.
+A run that diverges has no score; nor has one that ends farther from the teacher than its mean is, with a mean R^2 below
+0. Gives `results.json` and `figure.png` in the folder; the best rate of each has the highest mean R^2 over layers.
 """
 
 import argparse
@@ -49,13 +49,15 @@ def main() -> None:
 
 def measure(flags: str, rate: float, folder: Path) -> dict[str, Any]:
     """The scores of one run; None for those of one that diverged."""
+    diverged = {"mean_r2": None, "last_r2": None, "seconds": None}
     try:
-        return train([*shlex.split(flags), "--learning_rate", str(rate)], folder)
+        scores = train([*shlex.split(flags), "--learning_rate", str(rate)], folder)
     except RuntimeError as error:
         # what the guards of raptor_hf.recipes.loop advise
         if not re.search(r"ower (the )?learning.rate", str(error)):
             raise
-        return {"mean_r2": None, "last_r2": None, "seconds": None}
+        return diverged
+    return scores if scores["mean_r2"] >= 0 else diverged
 
 
 def train(flags: list[str], folder: Path) -> dict[str, Any]:

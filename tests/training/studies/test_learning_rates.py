@@ -21,6 +21,9 @@ def test_a_run_that_is_there_is_read_and_one_that_fails_otherwise_is_an_error(tm
     scores = {"fidelity": {"r2": [0.5, 0.7]}, "seconds": {"stage2": 3.0}}
     (tmp_path / "metrics.json").write_text(json.dumps(scores))
     assert measure("", 0.01, tmp_path) == {"mean_r2": 0.6, "last_r2": 0.7, "seconds": 3.0}
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "metrics.json").write_text(json.dumps(scores | {"fidelity": {"r2": [0.5, -60.0]}}))
+    assert measure("", 0.04, tmp_path / "far")["mean_r2"] is None
     with pytest.raises(DivergedError) as risen:
         RisingLossGuard(1, first=2.0).check(5, 3.0, lr=0.1)
     with pytest.raises(NonFiniteError) as not_finite:
