@@ -241,10 +241,12 @@ def plot_depths(
         teacher_macs: multiply-accumulates of the teacher.
         path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
     """
-    figure = Figure(figsize=(10.0, 4.0), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    if teacher_accuracy is not None:
-        right.plot(teacher_macs / 1e6, 100 * teacher_accuracy, "*", color="crimson", markersize=10, label="teacher")
+    has_accuracy = teacher_accuracy is not None
+    figure = Figure(figsize=(10.0 if has_accuracy else 5.0, 4.0), layout="constrained")
+    panels = list(figure.subplots(1, 1 + has_accuracy, squeeze=False)[0])
+    scores = [("r2", AXES["r2_last"]), ("student_accuracy", AXES["student_accuracy"])][: len(panels)]
+    if has_accuracy:
+        panels[1].plot(teacher_macs / 1e6, 100 * teacher_accuracy, "*", color="crimson", markersize=10, label="teacher")
     series: dict[str, list[Any]] = {}
     for name, runs in variants.items():
         line = name if is_elastic(runs) else name.rpartition(", ")[0] or name
@@ -252,19 +254,17 @@ def plot_depths(
     for index, (name, depths) in enumerate(series.items()):
         depths = sorted(depths, key=lambda depth: depth.macs)
         style = "o-" if name in variants else "s"
-        for axes, score, unit in ((left, "r2", 1), (right, "student_accuracy", 100)):
+        for axes, (score, (_, unit)) in zip(panels, scores, strict=True):
             known = [depth for depth in depths if None not in getattr(depth, score)]
             if known:
                 points = [mean_and_deviation(np.multiply(unit, getattr(depth, score))) for depth in known]
                 means, deviations = zip(*points, strict=True)
                 cost = [depth.macs / 1e6 for depth in known]
                 axes.errorbar(cost, means, deviations, fmt=style, capsize=3, color=f"C{index % 10}", label=name)
-    left.set_ylabel(AXES["r2_last"][0])
-    right.set_ylabel(AXES["student_accuracy"][0])
-    for axes in (left, right):
-        axes.set(xlabel="multiply-accumulates per image (M)", xlim=(0, None))
+    for axes, (_, (label, _)) in zip(panels, scores, strict=True):
+        axes.set(xlabel="multiply-accumulates per image (M)", xlim=(0, None), ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9)
+    panels[0].legend(frameon=False, fontsize=9)
     return saved(figure, path, dpi=200, tight=True)
 
 

@@ -89,3 +89,4 @@ def test_elastic_students_are_lines_and_the_others_dots(tmp_path):
     assert drawn["untied"].get_xydata().tolist() == [[3, 0.7]]
     assert [line.get_linestyle() for line in drawn.values()] == ["-", "None", "None"]
     assert right.lines[0].get_xydata().tolist() == [[4, 99]]
+    assert len(figures.plot_depths(study(), None, 4_000_000).axes) == 1
