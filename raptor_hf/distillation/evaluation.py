@@ -126,7 +126,10 @@ def print_table(metrics: Mapping[str, Any]) -> None:
         cosines = "".join(f" {values[index]:13.4f}" if values else f" {'-':>13}" for values in groups.values())
         epsilon, relative = fidelity["epsilon"][index], fidelity["relative_epsilon"][index]
         print(f"{index + 1:>5} {r2:8.4f} {epsilon:9.3f} {relative:9.4f}{cosines}")
-    print(f"mean R2 {np.mean(fidelity['r2']):.4f}")
+    mean_r2 = np.mean(fidelity["r2"])
+    print(f"mean R2 {mean_r2:.4f}")
+    if mean_r2 < 0:
+        print("the mean of the teacher's states has an R2 of 0: lower learning_rate, or train longer")
     for size, further in metrics.get("fidelity_by_size", {}).items():
         print(f"mean R2 {np.mean(further['r2']):.4f} at {size} pixels, on {further['num_images']} images")
     for name in ("agreement", "teacher_accuracy", "student_accuracy"):
