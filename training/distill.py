@@ -285,9 +285,10 @@ class Run:
         return 1.0 if self.settings.teacher_forcing == "only" else 0.0
 
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
-        """
-        Gradients of one batch, in as many parts as they are accumulated over; the mean losses, for an elastic student
-        also of each number of steps that was taken.
+        """Gradients of one batch, in as many parts as they are accumulated over.
+
+        Returns:
+            The mean losses; for an elastic student also those of each number of steps that was taken.
         """
         accelerator, settings = self.accelerator, self.settings
         parts = settings.gradient_accumulation_steps

@@ -107,7 +107,7 @@ class TokenSample:
         self.generator = torch.Generator().manual_seed(0)
 
     def __call__(self, states: Tensor) -> Tensor:
-        """At most `TOKENS_PER_IMAGE` positions of states, (B, T, D): the first, which is the cls token, and others."""
+        """At most `TOKENS_PER_IMAGE` positions of states, (B, T, D): the first, where a cls token is, and others."""
         others = 1 + torch.randperm(states.shape[1] - 1, generator=self.generator)
         return torch.cat((torch.zeros(1, dtype=torch.long), others))[:TOKENS_PER_IMAGE].to(states.device)
 
@@ -151,7 +151,7 @@ def fit_to_teacher(
             `init` but "random". Gains by step are fitted with the conditioning "low_rank", shifts with its
             `branch_shifts`.
         batches: of pixel values, (B, C, H, W), on the device; a hundred photographs do. Their trajectories are kept,
-            twice.
+            twice; of each image at most `TOKENS_PER_IMAGE` tokens are fitted to.
         rounds: after the first one.
         ridge: strength of the pull towards the start, relative to the features' mean square.
         memory: weight of the rows of each round in the next one, from 0 to below 1.

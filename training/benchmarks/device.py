@@ -165,10 +165,9 @@ def latency(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str,
         times = alternate(calls, repeats=settings.repeats, warmup=not rows, device=CPU, clock=time.process_time)
         for case, own in zip(cases, times, strict=True):
             comparison = Comparison(times[0].tolist(), own.tolist())
-            low, high = comparison.quartiles
             row = {"size": size, "model": case[0], "runtime": case[1], "batch_size": batch_size}
             row |= {"seconds": float(np.median(own)), "ratio": comparison.ratio}
-            row |= {"ratio_quartiles": [1 / high, 1 / low], "bytes": path_of(folder, *case).stat().st_size}
+            row |= {"ratio_quartiles": list(comparison.ratio_quartiles), "bytes": path_of(folder, *case).stat().st_size}
             rows.append(row | alone[case])
             logger.info("%s, batch %d, %s, %s: %.3f", size, batch_size, *case, comparison.ratio)
     return rows
@@ -235,9 +234,8 @@ def streamed(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str
 def compared(**seconds: np.ndarray) -> dict[str, Any]:
     """Median seconds of two, and median and quartiles of the second's over the first's, pair by pair."""
     comparison = Comparison(*(own.tolist() for own in seconds.values()))
-    low, high = comparison.quartiles
     medians = {f"{name}_seconds": float(np.median(own)) for name, own in seconds.items()}
-    return {**medians, "ratio": comparison.ratio, "ratio_quartiles": [1 / high, 1 / low]}
+    return {**medians, "ratio": comparison.ratio, "ratio_quartiles": list(comparison.ratio_quartiles)}
 
 
 def start(size: str, folder: Path, settings: DeviceSettings) -> list[dict[str, Any]]:

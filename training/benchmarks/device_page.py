@@ -5,7 +5,7 @@ from typing import Any
 
 from training.studies.conclusions import markdown_table
 
-from .report import NAMES
+from .report import NAMES, with_quartiles
 
 COMMAND = "python -m training.benchmarks.device"
 # points that quantisation may cost
@@ -47,8 +47,7 @@ def latency_part(rows: list[dict[str, Any]]) -> list[str]:
         line = [NAMES[case[0]], *case[1:], f"{any_row['bytes'] / 1e6:.1f}", f"{any_row['peak_bytes'] / 1e6:.0f}"]
         line.append(f"{any_row['start_seconds']:.2f}")
         for batch in batches:
-            low, high = own[batch]["ratio_quartiles"]
-            line += [f"{1e3 * own[batch]['seconds']:.0f}", f"{own[batch]['ratio']:.2f} [{low:.2f}, {high:.2f}]"]
+            line += [f"{1e3 * own[batch]['seconds']:.0f}", with_quartiles(own[batch], "ratio", 2)]
         lines.append(line)
     titles = ["size", "model", "runtime", "MB on disk", "MB of memory", "s to the first output"]
     titles += [title for batch in batches for title in (f"ms, batch {batch}", "of the teacher's in torch")]
@@ -112,8 +111,7 @@ def merged_part(rows: list[dict[str, Any]]) -> list[str]:
 
 def _compared(row: dict[str, Any], *names: str) -> list[str]:
     """Milliseconds of two, and the ratio with its quartiles."""
-    low, high = row["ratio_quartiles"]
-    return [*(f"{1e3 * row[f'{name}_seconds']:.1f}" for name in names), f"{row['ratio']:.2f} [{low:.2f}, {high:.2f}]"]
+    return [*(f"{1e3 * row[f'{name}_seconds']:.1f}" for name in names), with_quartiles(row, "ratio", 2)]
 
 
 def agreement_part(rows: list[dict[str, Any]]) -> list[str]:

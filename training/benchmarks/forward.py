@@ -81,7 +81,6 @@ def compare_forward(
     rows = []
     for index, name in enumerate(names[1:], start=1):
         comparison = Comparison(times[0].tolist(), times[index].tolist())
-        low, high = comparison.quartiles
         rows.append(
             {
                 "size": size,
@@ -92,7 +91,7 @@ def compare_forward(
                 "teacher_seconds": seconds[0],
                 "seconds": seconds[index],
                 "ratio": comparison.ratio,
-                "ratio_quartiles": [1 / high, 1 / low],
+                "ratio_quartiles": list(comparison.ratio_quartiles),
                 "images_per_second": batch_size / seconds[index],
                 "repeats": repeats,
             }

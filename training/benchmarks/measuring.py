@@ -64,6 +64,12 @@ class Comparison:
         return float(low), float(high)
 
     @property
+    def ratio_quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the ratios of the pairs."""
+        low, high = self.quartiles
+        return 1 / high, 1 / low
+
+    @property
     def _speedups(self) -> np.ndarray:
         return np.asarray(self.reference_seconds) / np.asarray(self.seconds)
 

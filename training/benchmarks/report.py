@@ -181,6 +181,12 @@ def saved_ratio(row: dict[str, Any]) -> float:
     return row["saved_bytes"]["ours"] / row["saved_bytes"]["reference"]
 
 
+def with_quartiles(row: Mapping[str, Any], name: str, digits: int) -> str:
+    """A median and its quartiles, "1.00 [0.98, 1.03]"."""
+    low, high = row[f"{name}_quartiles"]
+    return f"{row[name]:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def forward_part(record: dict[str, Any]) -> list[str]:
     """Latency against the teacher."""
     rows = [
@@ -189,7 +195,7 @@ def forward_part(record: dict[str, Any]) -> list[str]:
             "compiled" if row["compiled"] else "eager",
             f"{1e3 * row['seconds']:.1f}",
             f"{row['images_per_second']:.1f}",
-            f"{row['ratio']:.3f} [{row['ratio_quartiles'][0]:.3f}, {row['ratio_quartiles'][1]:.3f}]",
+            with_quartiles(row, "ratio", 3),
         ]
         for row in record["forward"]
     ]
@@ -205,7 +211,7 @@ def training_part(record: dict[str, Any]) -> list[str]:
         [
             *(NAMES[row["size"]], str(row["batch_size"]), row["ffn_type"], row["stage"]),
             row["precision"] + (", compiled" if row["compiled"] else ""),
-            f"{row['speedup']:.2f} [{row['speedup_quartiles'][0]:.2f}, {row['speedup_quartiles'][1]:.2f}]",
+            with_quartiles(row, "speedup", 2),
             f"{row['images_per_second']['ours']:.1f}",
             *(f"{row['mfu'][name]:.0%}" for name in ("reference", "ours")),
             f"{1e3 * row['seconds']['ours']:.1f}",

@@ -136,7 +136,10 @@ def draws(generator: np.random.Generator) -> tuple[list[int], list[float]]:
     """The order of the four changes and their factors, as `ColorJitter` draws them."""
     order = generator.permutation(4).tolist()
     limits = (JITTER.brightness, JITTER.contrast, JITTER.saturation)
-    return order, [*(generator.uniform(1 - limit, 1 + limit) for limit in limits), generator.uniform(-0.1, 0.1)]
+    return order, [
+        *(generator.uniform(1 - limit, 1 + limit) for limit in limits),
+        generator.uniform(-JITTER.hue, JITTER.hue),
+    ]
 
 
 def jitter_tensor(pixels: np.ndarray, order: list[int], factors: list[float]) -> np.ndarray:
