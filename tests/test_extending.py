@@ -45,6 +45,17 @@ def test_links_and_files_of_the_guide_are_there():
         assert (ROOT / "raptor_hf" / target).exists(), target
 
 
+def test_the_rooms_of_the_guide_name_every_module():
+    package = ROOT / "raptor_hf"
+    rooms = GUIDE.split("## Rooms")[1].split("\n## ")[0]
+    rows = dict(line.strip("| ").split(" | ", 1) for line in rooms.splitlines() if line.startswith("| "))
+    wings = {f"`{folder.name}/`": folder for folder in package.iterdir() if (folder / "__init__.py").exists()}
+    assert set(rows) == {"room", "front row", *wings}
+    for room, folder in {"front row": package, **wings}.items():
+        modules = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+        assert set(re.findall(r"`(\w+\.py)`: ", rows[room])) == modules, room
+
+
 def test_every_conditioning_is_in_every_place():
     settings = typing.get_type_hints(DistillSettings)["depth_conditioning"]
     assert set(DEPTH_CONDITIONINGS) == set(CONDITIONERS) == set(student_card._CONDITIONINGS)
