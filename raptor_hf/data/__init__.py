@@ -1,6 +1,6 @@
-"""Images and what is true of them, from anywhere, as batches.
+"""Opens images with their labels, masks or depth maps, and makes batches of them.
 
-`sources`: where they are, and their splits. `images`: photographs. `labels`: their classes. `dense`: images with
-masks or depth maps. `scenes`: an embedded stand-in for those. `transforms`: random crops and flips, tensors from
-batches. `sizes`: the image size of each step. `loaders`: batches, in an order that a resumed run finds again.
+`sources` finds the files and splits of a data set. `images` opens photographs. `labels` names their classes. `dense`
+opens images with masks or depth maps. `scenes` makes a small set of these. `transforms` crops, flips and pads. `sizes`
+chooses the image size of each step. `loaders` makes batches, in an order that a resumed run repeats.
 """

@@ -1,4 +1,4 @@
-"""Images with a truth for every pixel: masks of classes or maps of depth, all as one `DenseSet`.
+"""Opens images with a truth for every pixel, masks of classes or maps of depth, as a `DenseSet`.
 
     images = open_dense("semantic-segmentation", "ADEChallengeData2016", "training")
     image, mask = images.decode(0)                     # a PIL image in RGB, and (H, W) int64 with 255 ignored
@@ -6,8 +6,8 @@
     image, depth = images.decode(0)                    # a PIL image in RGB, and (H, W) float32 in metres, 0 invalid
     images.check()
 
-As in `images`, a file stays undecoded until it is read, and one that is damaged costs one image. So does a truth that
-cannot be right, such as a label that is no class; `check` looks for those before any work starts.
+As in `images`, a file stays undecoded until it is read, and a damaged one costs one image. In training so does a wrong
+truth, such as a label that is no class; in an evaluation it is an error. `check` finds these before any work starts.
 """
 
 import itertools
@@ -43,7 +43,7 @@ _TARGET_COLUMNS = {
 
 
 class TargetError(ImageDecodeError):
-    """A mask or depth map that can be read but cannot be right; arguments as those of `ImageDecodeError`."""
+    """A mask or depth map can be read but is wrong; arguments as in `ImageDecodeError`."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images for the recipes: a Hub data set, a local folder, parquet files or small digits, all as one `ImageSet`.
+"""Opens images for the recipes, of a Hub data set, a local folder, parquet files or the digits, as an `ImageSet`.
 
     images = open_images("uoft-cs/cifar10", "train[:10%]")
     image, label = images.decode(0)                    # a PIL image in RGB, 6
@@ -65,7 +65,7 @@ NO_LABEL = -1  # as the test splits of many data sets have it
 
 
 class ImageDecodeError(Exception):
-    """An image that cannot be read: damaged, not an image, not there, too long and thin, or of an unknown mode.
+    """An image cannot be read: it is damaged, no image, not there, too long and thin, or of an unknown mode.
 
     Args:
         name: of the image, as `ImageSet.name` gives it.
@@ -358,7 +358,7 @@ def check_image_size(processor: BaseImageProcessor, patch_size: int, num_channel
 
 
 def resized_processor(processor: BaseImageProcessor, side: int, patch_size: int) -> BaseImageProcessor:
-    """A copy of an image processor whose images have another size; what is resized to and what is cropped scale alike.
+    """Copies an image processor and changes the size of its images; it resizes and crops in the same proportion.
 
     Args:
         processor: with images of one size.

@@ -1,4 +1,4 @@
-"""Class labels: their names, which rows have one, and which class of a classifier they mean.
+"""Names the classes of a data set, finds the rows that have a label, and matches labels to a classifier's classes.
 
 train, test = keep_labelled(train, names := name_classes(train, test)), keep_labelled(test, names)
 match = match_classes(test, classifier.out_features, config.id2label)

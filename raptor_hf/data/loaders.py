@@ -1,14 +1,15 @@
-"""Batches for the recipes: an image set, read and processed by worker processes, in an order that survives anything.
+"""Makes batches for the recipes: worker processes read the images, in an order that a resumed run repeats.
 
     loader = train_loader(images, processor, batch_size=64, seed=0, start_step=step, num_steps=312_500)
     for batch in loader:
         batch["pixel_values"]                          # (64, 3, H, W)
 
 Training sees one endless sequence of positions: epoch after epoch, each a permutation drawn from (seed, epoch). Step t
-takes the positions t B to (t + 1) B - 1, and process r of n the r-th n-th of them. Nothing else decides what is in a
-batch, so a run that stops and goes on, or goes on with another number of processes or workers, sees the images it would
-have seen. An image that cannot be read is replaced by the next one of the same sequence, which keeps that true. So does
-augmentation: each image gets a generator of its own, seeded from (seed, place in the sequence).
+takes the positions t B to (t + 1) B - 1, and process r of n takes the r-th of n equal parts of them. Nothing else
+decides what is in a batch, so a run that stops and goes on, or goes on with another number of processes or workers,
+sees the images it would have seen. Damaged images and augmentation do not change this: an image that cannot be read is
+replaced by the next one of the same sequence, and each image is augmented by a generator of its own, seeded from (seed,
+place in the sequence).
 """
 
 import functools
@@ -43,7 +44,7 @@ Collate = Callable[[list[PIL.Image.Image], list[Any]], dict[str, Tensor]]
 
 
 class Batch(TypedDict):
-    """What a loader yields.
+    """The batch that a loader yields.
 
     Attributes:
         pixel_values: processed images, (b, 3, H, W), float32.
@@ -69,7 +70,7 @@ class FailureLimit:
     """Counts the images that cannot be read, each once, and gives up past a limit.
 
     Args:
-        max_failures: number of unreadable images that are put up with.
+        max_failures: number of unreadable images that are tolerated.
 
     Attributes:
         reasons: name to reason, for every image that failed so far.
@@ -102,14 +103,14 @@ class FailureLimit:
 
 
 class ImageLoader:
-    """What `train_loader` and `eval_loader` make: batches, and a count of this process's unreadable images.
+    """Yields batches and counts this process's unreadable images; `train_loader` and `eval_loader` make it.
 
     Attributes:
         failures: the count; `failures.reasons` names the images.
 
     Raises:
         TooManyFailuresError: while iterating, if more images than allowed cannot be read, or all of them.
-        TargetError: while iterating, for a mask or depth map that cannot be right.
+        TargetError: while iterating, for a mask or depth map that is wrong.
     """
 
     def __init__(self, loader: DataLoader, max_failures: int) -> None:
@@ -278,7 +279,7 @@ def eval_loader(
 
 @dataclass(frozen=True)
 class Steps:
-    """Which positions of the endless sequence of epochs make up a step.
+    """Tells which positions of the endless sequence of epochs make up a step.
 
     Args:
         num_images: N, length of an epoch.
@@ -325,7 +326,7 @@ class Steps:
 
 
 class EpochOrder:
-    """Which image stands at a position of the endless sequence of epochs.
+    """Tells which image stands at a position of the endless sequence of epochs.
 
     Args:
         num_images: N, length of an epoch.
@@ -432,7 +433,7 @@ class _Reader:
             try:
                 items.append(self.images.read_row(row, index))
             except TargetError:
-                raise  # a truth that cannot be right must not be left out of a result
+                raise  # a wrong truth must not be left out of a result
             except ImageDecodeError as error:
                 failures[error.name] = error.reason
         return self._collated(items, failures)

@@ -1,12 +1,12 @@
-"""The stand-in "scenes": small pictures with exact masks or depth, for trying dense probes without ADE20k and NYUv2.
+"""Makes the "scenes": small pictures with exact masks or depth, to try dense probes without ADE20k and NYUv2.
 
     train, test = (load_scenes("depth-estimation", split) for split in ("train", "test"))
     train[0]["image"], train[0]["depth"]               # PIL images: RGB, and float32 metres
 
 Made in a second or two from the two photographs and the handwritten digits that come with scikit-learn; the truth is
 computed together with the picture. The same arguments always give the same pixels, and the splits share neither digits
-nor parts of photographs. What a linear head gets right here takes knowing digits: a backbone trained on them is far
-ahead of an untrained one. The numbers say nothing about ADE20k or NYUv2.
+nor parts of photographs. A linear head needs features of digits here: a backbone trained on them is far ahead of an
+untrained one. The numbers say nothing about ADE20k or NYUv2.
 
 Segmentation: a digit as coloured ink on a darkened photograph. The classes are the ten digits and the background.
 
@@ -63,7 +63,7 @@ def load_scenes(task: str, split: str, config_name: str | None = None) -> Datase
 
 @dataclass(frozen=True)
 class SceneSource:
-    """What the scenes of one split are made from.
+    """The photographs and digits that the scenes of one split are made from.
 
     Attributes:
         photographs: parts of photographs, each (H, W, 3), in [0, 1].
@@ -87,7 +87,7 @@ class SceneSource:
         return np.asarray(part.resize(size[::-1], PIL.Image.Resampling.BICUBIC), np.float64) / 255
 
     def ink(self, generator: np.random.Generator, height: int) -> tuple[np.ndarray, int]:
-        """A random digit magnified to `height` pixels, (height, height) in [0, 1], and which it is."""
+        """A random digit magnified to `height` pixels, (height, height) in [0, 1], and its class."""
         index = generator.integers(len(self.digits))
         digit = PIL.Image.fromarray(np.float32(self.digits[index]))
         ink = np.asarray(digit.resize((height, height), PIL.Image.Resampling.BILINEAR), np.float64)

@@ -1,11 +1,11 @@
-"""Training at several image sizes: which size each step has, how its images are made, and how many of them there are.
+"""Chooses the image size of each training step, and with it the image processor and the number of images.
 
     sizes = draw_sizes(num_steps, [112, 224], shares=[0.8, 0.2], final=448, num_final=100, seed=0)
     steps = SizedSteps(sizes, {size: View(processor, batch_size) for size, ...})
     train_loader(images, processor, sized=steps, ...)
 
-All of it follows from a seed and the number of a step, so that processes agree and a run that goes on does too; where
-a batch must divide among more processes, it may have fewer images.
+The choice follows from a seed and the number of the step alone, so all processes make the same one, and so does a
+resumed run. Where a batch must divide among more processes, it may have fewer images.
 """
 
 import functools
@@ -19,7 +19,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 @dataclass(frozen=True)
 class View:
-    """How the images of a step are made.
+    """The image processor, batch size and augmentation of the steps of one size.
 
     Args:
         processor: that gives them their size.
@@ -49,7 +49,7 @@ class SizedSteps:
         return self.views[self.sizes[step]].batch_size
 
     def positions(self, step: int, process_index: int, num_processes: int) -> range:
-        """Positions of one process in the endless sequence of epochs, where the steps follow each other."""
+        """Positions in the endless sequence of epochs that one process takes in a step; steps follow each other."""
         share = self.num_images(step) // num_processes
         first = int(self._firsts[step]) + process_index * share
         return range(first, first + share)
@@ -85,7 +85,7 @@ def draw_sizes(
 
 
 def batch_size_at(batch_size: int, num_tokens: int, own_tokens: int, multiple: int) -> int:
-    """Images whose tokens are as many as those of a batch of another size, rounded down to a multiple, at least one.
+    """Number of images with as many tokens as a batch of another size, rounded down to a multiple, but not to 0.
 
     Args:
         batch_size: images of the other size.

@@ -1,4 +1,4 @@
-"""Where rows of images come from: the word for a data set becomes files, splits and columns, and one split two.
+"""Finds the files, splits and columns of a data set by its name, and holds out images to test on.
 
     train, test = open_splits(lambda split: open_images("photos", split), "train", None)
 
@@ -24,13 +24,13 @@ AnySet = TypeVar("AnySet")  # ImageSet or DenseSet
 
 
 class MissingSplitError(FileNotFoundError, ValueError):
-    """A split that a data set does not have; the message says which it has."""
+    """A data set does not have the split; the message says which it has."""
 
 
 def open_splits(
     open_split: Callable[[str], AnySet], train_split: str, test_split: str | None = None
 ) -> tuple[AnySet, AnySet]:
-    """Opens training and test images; where there are no test images, some of the training images are held out.
+    """Opens training and test images; holds out some of the training images where there are no test images.
 
     Args:
         open_split: opens one split, as `open_images` or `open_dense`.
@@ -69,7 +69,7 @@ def open_splits(
 
 
 def locate_source(dataset: str, split_names: list[str], **hub_options: str | None) -> dict[str, Any]:
-    """Turns the word for a data set into the arguments of `load_dataset`.
+    """Turns the name of a data set into the arguments of `load_dataset`.
 
     Args:
         dataset: folder, file, pattern of files or name on the Hub; what exists is never taken for a pattern.
@@ -140,7 +140,7 @@ def refuse_options(dataset: str, **options: str | None) -> None:
 
 
 def load_source(dataset: str, **arguments: Any) -> Any:
-    """Calls `load_dataset`; its errors name the word for the data set, as FileNotFoundError or ValueError."""
+    """Calls `load_dataset`; raises its errors as FileNotFoundError or ValueError that name the data set."""
     try:
         return load_dataset(**arguments)
     except (FileNotFoundError, ConnectionError) as error:
@@ -158,7 +158,7 @@ def select_split(splits: Mapping[str, Dataset], split: str) -> Dataset:
 
 
 def find_image_column(features: Features, wanted: str | None, title: str) -> str:
-    """The wanted column of images if it is one, or the only one there is; otherwise a ValueError."""
+    """Returns the wanted column if it holds images, or the only one that does; else raises a ValueError."""
 
     def holds_bytes(feature: Any) -> bool:
         dtype = feature.dtype if isinstance(feature, Value) else None
@@ -179,7 +179,7 @@ def find_image_column(features: Features, wanted: str | None, title: str) -> str
 
 
 def find_label_column(features: Features, wanted: str | None, title: str) -> str | None:
-    """The wanted column of class labels, numbers or names, or the one that must be meant; None if there is none."""
+    """Returns the wanted column of class labels, numbers or names, or the only possible one; None if there is none."""
     integers = [
         name
         for name, feature in features.items()

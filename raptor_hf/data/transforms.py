@@ -1,4 +1,4 @@
-"""Images and their truth made to fit a probe: augmentation of one image, and batches of images with maps.
+"""Augments an image together with its label or map, and makes batches of images and maps for probes.
 
     augment = Augmentations((CropFlip(224), ColorJitter(0.2, 0.2, 0.2, 0.1)))
     image, label = augment(image, label, np.random.default_rng((seed, position)))
@@ -6,8 +6,8 @@
     collate(images, masks)["labels"]                   # (b, 518, 518)
 
 A target that is an array (H, W), a mask or a depth map, goes through the geometry of its image, to the nearest
-neighbour, so that no class or depth arises that was not there. A target of another kind, a class label or None, is
-handed on.
+neighbour, so that no class or depth arises that was not there. A target of another kind, a class label or None, stays
+as it is.
 
 Where the published protocols name torchvision's transforms, these follow what torchvision does with PIL images: the
 draws of `RandomResizedCrop.get_params`, Pillow's filters, which look at all pixels under a new one (tensors need

@@ -1,7 +1,7 @@
-"""Distilling a teacher's trajectory into recurrent blocks.
+"""Distils a teacher's trajectory into recurrent blocks.
 
-`task`: the losses of both stages. `partition`: the phases of the teacher, found or read. `student`: the model to train.
-`start`: blocks fitted to their phases before the first step. `trajectory_cache`: states of images that come again.
-`image_sizes`: of each training step, and of the evaluation. `evaluation`: how near the student is. `inputs`: teacher
-and images, checked before any work.
+`inputs` opens and checks teacher and images. `partition` finds or reads the phases, which `tied_costs` can judge.
+`student` makes the model to train. `start` fits its blocks to their phases before the first step. `task` has the losses
+of both stages. `trajectory_cache` keeps states of images that come again. `image_sizes` chooses the sizes of training
+and evaluation. `evaluation` measures how near the student is to its teacher.
 """

@@ -1,4 +1,4 @@
-"""How near a student is to its teacher on test images, and the table of it that a run prints."""
+"""Measures how near a student is to its teacher on test images, and prints the table of it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +28,7 @@ def evaluate_student(
     to_classes: Callable[[Tensor], Tensor] | None = None,
     paces: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Fidelity, agreement and accuracies on all images of all processes; a collective operation.
+    """Measures fidelity, agreement and accuracies on all images of all processes; a collective operation.
 
     Args:
         teacher: with its classifier, if it has one.

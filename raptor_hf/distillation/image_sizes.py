@@ -1,4 +1,4 @@
-"""The image sizes of a distillation: of each training step, and those that its fidelity is measured at."""
+"""Chooses the image sizes of a distillation: that of each training step, and those that fidelity is measured at."""
 
 import copy
 
@@ -17,7 +17,7 @@ FURTHER_IMAGES = 128
 
 
 def num_tokens(processor: BaseImageProcessor, teacher: Teacher) -> int:
-    """T of the images that a processor gives."""
+    """Number of tokens, T, of the images that a processor gives."""
     height, width = check_image_size(processor, teacher.patch_size)
     return teacher.tokens.num_prefix_tokens + (height // teacher.patch_size) * (width // teacher.patch_size)
 
@@ -25,13 +25,13 @@ def num_tokens(processor: BaseImageProcessor, teacher: Teacher) -> int:
 def sized_steps(
     settings: DistillSettings, processor: BaseImageProcessor, teacher: Teacher, num_processes: int
 ) -> SizedSteps | None:
-    """Size and number of the images of every step of both stages; None where all are the image processor's own.
+    """Size and number of the images of every step of both stages; None where all have the processor's own size.
 
     Args:
-        settings: of the run; its batch size is that of the processor's size, others have as many tokens in a batch.
+        settings: of the run; its batch size is for the processor's size, batches of other sizes have as many tokens.
         processor: of the teacher.
         teacher: to be distilled.
-        num_processes: that share a batch, which has a multiple of them.
+        num_processes: that share a batch; its number of images is a multiple of theirs.
 
     Raises:
         ValueError: a size is no multiple of the patch.
@@ -58,7 +58,7 @@ def sized_steps(
 
 
 def cropping(processor: BaseImageProcessor, teacher: Teacher) -> tuple[BaseImageProcessor, CropFlip]:
-    """A processor that leaves the size as it is, and random crops of the size that it gave."""
+    """Returns a copy of the processor that keeps the size of images, and random crops of the size that it gave."""
     cropped = copy.deepcopy(processor)
     cropped.do_resize = cropped.do_center_crop = False
     return cropped, CropFlip(check_image_size(processor, teacher.patch_size), scale=AUGMENT_AREA)

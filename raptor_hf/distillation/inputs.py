@@ -1,4 +1,4 @@
-"""What a distillation starts from: teacher and images, opened, and checked together with the settings."""
+"""Opens the teacher and the images of a distillation, and checks the settings against them."""
 
 import functools
 import logging
@@ -91,14 +91,14 @@ def open_inputs(
 
 
 def class_match(teacher: Teacher, images: ImageSet) -> ClassMatch:
-    """Which classes of the teacher's classifier the labels of the images mean."""
+    """Finds which classes of the teacher's classifier the labels of the images mean."""
     if teacher.classifier is None:
         return ClassMatch(None)
     return match_classes(images, teacher.classifier.out_features, teacher.config.id2label)
 
 
 def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
-    """Bytes that a run may take: checkpoints of weights, two moments and an average, one being written; the model."""
+    """Bytes that a run may take: the model, and checkpoints of weights, two moments and average, one being written."""
     blocks = (settings.num_blocks or len(settings.block_repeats)) / teacher.num_layers
     copies = 4 if settings.ema_decay else 3
     return int(4 * teacher.num_parameters * (copies * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
@@ -126,7 +126,7 @@ def check_blocks(settings: DistillSettings, num_layers: int) -> None:
 
 
 def count_layers(settings: DistillSettings) -> int:
-    """Number of layers to learn, from the teacher's configuration alone.
+    """Reads the number of layers to learn from the teacher's configuration alone.
 
     Raises:
         ValueError: the teacher is of no supported family.

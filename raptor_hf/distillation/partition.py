@@ -1,4 +1,4 @@
-"""The phases of a teacher from training images, kept in phases.json, from which a run that goes on reads them."""
+"""Finds the phases of a teacher on training images, and keeps them in phases.json, where a resumed run reads them."""
 
 import functools
 import json
@@ -100,7 +100,7 @@ def find_partition(
 
 
 def mean_costs(teacher: Teacher, batches: list[torch.Tensor], accelerator: Accelerator) -> np.ndarray:
-    """`tied_costs` of each process on its own batches, averaged over processes; collective."""
+    """Averages over processes the `tied_costs` that each measures on its own batches; collective."""
     began = time.perf_counter()
     with accelerator.autocast():
         costs = torch.tensor(tied_costs(teacher, batches), device=accelerator.device)
@@ -111,7 +111,7 @@ def mean_costs(teacher: Teacher, batches: list[torch.Tensor], accelerator: Accel
 
 
 def read_partition(folder: Path, settings: DistillSettings, num_layers: int) -> dict[str, Any] | None:
-    """The phases that an earlier start of this run found, whoever has edited them since.
+    """Reads the phases that an earlier start of this run found, or that someone has edited since.
 
     Args:
         folder: of the run.
@@ -196,7 +196,7 @@ def check_trained_blocks(progress: dict[str, Any] | None, blocks: Iterable[Itera
 def phases_of(
     session: Session, teacher: Teacher, loader: functools.partial, phases: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """The partition of the teacher's layers and the variance in each, as read or found on `phase_images` images."""
+    """Returns the phases that were read, or finds them on `phase_images` images; as `find_partition` returns them."""
     settings, accelerator = session.settings, session.accelerator
     was_read = phases is not None
     if not was_read:

@@ -1,12 +1,12 @@
-"""A start from which a student already follows its teacher: blocks fitted to what the layers of their phase do.
+"""Fits each block to the layers of its phase before training, so that the student follows its teacher from the start.
 
     student = student_from_teacher(teacher, (6, 4, 2), init="middle", depth_conditioning="low_rank")
     fit_to_teacher(teacher, student, batches_of_pixel_values)
 
-Between layers there is no short cut in the weights: those of one phase are nearly orthogonal. But what a branch adds to
-the tokens is linear in the weight of its last projection, so that this weight, shared by all steps of a phase, is found
-by ridge regression, with a gain and a shift of each step where the conditioning has them; no gradient is taken. The
-first projections stay those that the student started with.
+The weights of the layers of a phase are nearly orthogonal, so they give no common block directly. What a branch adds to
+the tokens, however, is linear in the weight of its last projection. Ridge regression finds this weight, which all steps
+of a phase share, and a gain and a shift of each step where the conditioning has them. No gradient is taken. The first
+projections stay those that the student started with.
 """
 
 import functools
@@ -40,7 +40,7 @@ Positions = tuple[Tensor, Tensor] | None
 
 
 class NormalEquations:
-    """Sums of a linear regression with an intercept, in float64, from which it can be solved in any weighting.
+    """Float64 sums of a linear regression with an intercept, which `solve_tied` weights, adds and solves.
 
     Args:
         num_features: F.
@@ -63,7 +63,7 @@ class NormalEquations:
         self.square += targets.square().sum(dim=0, dtype=torch.float64)
 
     def fade(self, factor: float) -> None:
-        """Gives all rows so far less weight."""
+        """Multiplies the weight of all rows so far by a factor."""
         for total in (self.gram, self.cross, self.square):
             total *= factor
 
@@ -77,9 +77,9 @@ class NormalEquations:
         return float(self._squared_deviations().sum().sqrt())
 
     def products(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Of features @ weight, (F, D): squared deviations from the mean, and products with those of the targets, (D,).
+        """Squared deviations of features @ weight from their mean, and their products with those of the targets.
 
-        Both are sums over rows. The deviations are not formed, which would cost as much as the products.
+        Both are sums over rows, (D,). The deviations are not formed, which would cost as much as the products.
         """
         count, (features, targets) = self.gram[-1, -1], self.means
         mean = features @ weight
@@ -101,7 +101,7 @@ class NormalEquations:
 
 
 class TokenSample:
-    """Draws the tokens of a batch whose rows enter a regression; the same draws in every process and every run."""
+    """Draws the tokens of a batch that enter a regression; the draws are the same in every process and every run."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(0)
@@ -113,12 +113,12 @@ class TokenSample:
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
-    """Minimises |X W - Y|^2 + ridge m |W - prior|^2, m the mean of the features' sums of squares.
+    """Minimises |X W - Y|^2 + ridge m |W - prior|^2, where m is the mean of the features' sums of squares.
 
     Args:
         gram: X^T X, (F, F), float64.
         cross: X^T Y, (F, D), float64.
-        prior: what W tends to where the rows do not tell, (F, D).
+        prior: what W is pulled to, (F, D).
         ridge: at least 0; above 0 unless the rows determine all of W.
 
     Returns:
@@ -141,18 +141,19 @@ def fit_to_teacher(
 ) -> None:
     """Fits the last projections of both branches of every block to the teacher's trajectory, in place.
 
-    Block after block: the first round is on the teacher's own states, every further one on those that the student
-    reaches with what was fitted so far, from where the targets are what is left to the teacher's next state. Earlier
-    rounds keep some weight, without which the states run away from those that were fitted. LayerScale becomes one.
+    The blocks are fitted one after the other, each in several rounds. The first round starts from the teacher's states.
+    Every further round starts from the states that the student reaches with the weights so far, and its targets are the
+    differences to the teacher's next states. Earlier rounds keep some weight: without them the student would leave the
+    states that it was fitted on. LayerScale becomes one.
 
     Args:
         teacher: of a family whose layers can become blocks.
         student: of its shape, with blocks that start from its layers, as `student_from_teacher` makes it with any
             `init` but "random". Gains by step are fitted with the conditioning "low_rank", shifts with its
             `branch_shifts`.
-        batches: of pixel values, (B, C, H, W), on the device; a hundred photographs do. Their trajectories are kept,
-            twice; of each image at most `TOKENS_PER_IMAGE` tokens are fitted to.
-        rounds: after the first one.
+        batches: of pixel values, (B, C, H, W), on the device; a hundred photographs are enough. Two trajectories of
+            each image are kept in memory, and at most `TOKENS_PER_IMAGE` of its tokens enter a fit.
+        rounds: number of rounds after the first one.
         ridge: strength of the pull towards the start, relative to the features' mean square.
         memory: weight of the rows of each round in the next one, from 0 to below 1.
 
@@ -279,7 +280,7 @@ def _relative_spreads(steps: list[NormalEquations]) -> list[float]:
 
 
 class TiedFit(NamedTuple):
-    """One weight for all steps of a block, (F, D), with gains of each, (D,), and the squared error per row of each."""
+    """One weight for all steps of a block, (F, D), and each step's gains, (D,), and squared error per row."""
 
     weight: Tensor
     gains: list[Tensor]
@@ -287,9 +288,9 @@ class TiedFit(NamedTuple):
 
 
 def solve_tied(steps: list[NormalEquations], importance: list[Tensor], prior: Tensor, ridge: float) -> TiedFit:
-    """One weight for all steps, with a gain of each step for every target and an intercept of its own.
+    """Finds one weight for all steps, and for each step an intercept and a gain of every target.
 
-    The gains are fitted after the weight, and pulled a little to the spread of the step's targets.
+    The gains are fitted after the weight, and are pulled a little to the spread of the step's targets.
 
     Args:
         steps: the normal equations of each step.
@@ -318,7 +319,7 @@ def solve_tied(steps: list[NormalEquations], importance: list[Tensor], prior: Te
 
 
 def solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """W, (F, D), and b, (D,), from sums whose last feature is one, that one left free."""
+    """Solves for W, (F, D), and b, (D,), from sums whose last feature is one; b is not pulled to anything."""
     count = gram[-1, -1]
     features, targets = gram[-1, :-1] / count, cross[-1] / count
     gram = gram[:-1, :-1] - count * torch.outer(features, features)
@@ -329,7 +330,7 @@ def solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: floa
 def between_branches(
     teacher: Teacher, config: RaptorConfig, trajectories: list[Tensor], positions: list[Positions]
 ) -> list[Tensor]:
-    """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); those of 0 are not defined."""
+    """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); entry 0 is not defined."""
     # without gradients, or autocast would go on with the half-precision copy of the first layer's weights
     block = RaptorBlock(config).to(trajectories[0].device).eval().requires_grad_(False)
     middles = [torch.empty_like(trajectory) for trajectory in trajectories]
@@ -349,7 +350,7 @@ def between_branches(
 
 @contextmanager
 def watch_branches(block: RaptorBlock) -> Iterator[dict[str, Tensor]]:
-    """What the last projections of a block's branches read, and the tokens between the branches, under "middle"."""
+    """Records what the last projection of each branch reads, and as "middle" the tokens between the branches."""
     seen: dict[str, Tensor] = {}
     places = {branch: block.get_submodule(name) for branch, (name, *_) in BRANCHES.items()} | {"middle": block.norm2}
     handles = [

@@ -1,4 +1,4 @@
-"""The student of a distillation: the partition that its settings ask for, and a model with trainable blocks."""
+"""Chooses the partition that the settings of a distillation ask for, and makes the student with trainable blocks."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def choose_partition(
     num_layers: int,
     costs: np.ndarray | None = None,
 ) -> tuple[Partition, dict[str, Any] | None]:
-    """The given or found partition, and for one found by distances its stability under a bootstrap over images.
+    """Returns the given or found partition, and for one found by distances its stability in a bootstrap over images.
 
     `costs` are those of `tied_costs`, for the partition "fitted".
     """
@@ -51,14 +51,14 @@ def choose_partition(
 
 
 def trial_partition(settings: DistillSettings, num_layers: int) -> Partition:
-    """A partition of the wanted kind that needs no images: where phases are to be found, of made-up distances."""
+    """Makes a partition of the wanted kind without images: where phases are to be found, it makes up the distances."""
     layers = np.arange(num_layers)
     distance = abs(layers - layers[:, None])
     return choose_partition(distance, None, settings, num_layers, costs=distance)[0]
 
 
 def make_student(teacher: Teacher, partition: Partition, settings: DistillSettings) -> nn.Module:
-    """The student, with everything frozen but its blocks and their conditioning."""
+    """Makes the student, with everything frozen but its blocks and their conditioning."""
     wanted = {
         "ffn_type": settings.ffn_type,
         "intermediate_size": settings.intermediate_size,

@@ -1,11 +1,11 @@
-"""What tying costs: how badly one block stands for a run of layers, for every run, without training.
+"""Measures for every run of layers the error that one block makes in their place, without training.
 
     costs = tied_costs(teacher, batches_of_pixel_values)   # (L, L)
     partition = cheapest_phases(costs, num_blocks=3)
 
-Layers can resemble each other in what they hold and differ in what they do; a distance between states sees only the
-first. Here a block that starts from the middle layer of a run is fitted in closed form, as a fitted start does it, to
-what each layer of the run adds to the teacher's own states, and what it leaves is the cost of the run.
+Two layers can give similar states and still do different things to them; a distance between states does not show this.
+Here one block starts from the middle layer of a run, and its last projections are fitted in closed form, as in `start`,
+to what each layer of the run adds to the teacher's states. The error that remains is the cost of the run.
 """
 
 from collections.abc import Iterable
@@ -31,14 +31,15 @@ from .task import LayerVariance
 
 @torch.no_grad()
 def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.03) -> np.ndarray:
-    """The cost of every run of layers as one block: squared error over the teacher's variance, summed over its layers.
+    """Returns the cost of every run of layers: squared error over the teacher's variance, summed over its layers.
 
     Each branch of the block gets one last projection for all layers of the run, and for each layer a gain and a shift
     per feature. Errors do not add up from layer to layer here: every layer starts from the teacher's state.
 
     Args:
         teacher: of a family whose layers can become blocks.
-        batches: of pixel values, (B, C, H, W), on the device; 64 photographs do. Their trajectories are kept, twice.
+        batches: of pixel values, (B, C, H, W), on the device; 64 photographs are enough. Two trajectories of each
+            are kept in memory.
         ridge: strength of the pull towards the middle layer, relative to the features' mean square.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A teacher's trajectories kept for images that training sees again unchanged, in memory or in files that runs share.
+"""Keeps a teacher's trajectories of images that come again unchanged, in memory or in files that runs share.
 
 trajectory = TrajectoryCache(teacher.trajectory, 4e9, torch.bfloat16)
 trajectory(pixel_values)                           # as teacher.trajectory(pixel_values), but in bfloat16
@@ -25,7 +25,7 @@ Trajectory = Callable[[Tensor], Tensor]
 
 
 class TrajectoryCache:
-    """Gives the trajectories that a teacher gives, computing those of an image once as long as there is room.
+    """Gives a teacher's trajectories, and computes that of an image only once as long as there is room.
 
     An image is known by its pixels, so that nothing that changes them, such as a crop, brings back a wrong trajectory.
 
@@ -105,7 +105,7 @@ class TrajectoryCache:
 def cached_trajectory(
     teacher: Teacher, settings: DistillSettings, accelerator: Accelerator, fingerprint: str
 ) -> Trajectory:
-    """The teacher's trajectories, through a cache if the settings ask for one.
+    """Returns the function that gives the teacher's trajectories, through a cache if the settings ask for one.
 
     Args:
         teacher: on the device.

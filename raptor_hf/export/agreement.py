@@ -1,4 +1,4 @@
-"""What exported files compute, beside the model that they were made from.
+"""Runs exported files, and compares their outputs with those of the model that they were made from.
 
 run = open_file("model_int8.onnx")
 agreement = Agreement()
@@ -17,11 +17,15 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 def open_file(path: str | Path, num_threads: int | None = None) -> Run | None:
-    """A function from images (B, C, H, W) to the output tensors of a file; None for Core ML, which runs elsewhere.
+    """Open a file as a function from images, (B, C, H, W), to output tensors; None for Core ML, which runs elsewhere.
 
     Args:
         path: of a file of this package, .onnx, .pt2 or .pte.
         num_threads: of onnxruntime; None takes OMP_NUM_THREADS, or else all cores.
+
+    Raises:
+        ImportError: the runtime of the file is not installed.
+        Exception: the runtime cannot read the file; each has errors of its own.
     """
     suffix = Path(path).suffix
     if suffix == ".onnx":
@@ -45,10 +49,11 @@ def open_file(path: str | Path, num_threads: int | None = None) -> Run | None:
 
 
 class Agreement:
-    """Running comparison of an output with the one that it should be.
+    """Compares outputs with those that they should be, batch by batch.
 
-    Of logits, (B, C) or (B, C, H, W), the share of labels that are the same; of tokens, (B, T, D), their mean cosine;
-    of all, the largest absolute difference, and the relative one in the Euclidean norm.
+    It measures the share of equal labels for logits, (B, C) or (B, C, H, W), and the mean cosine for tokens, (B, T, D).
+    For both it measures the largest absolute difference, and the Euclidean norm of the difference relative to that of
+    the expected output.
     """
 
     def __init__(self) -> None:
@@ -58,7 +63,15 @@ class Agreement:
 
     @torch.no_grad()
     def update(self, actual: Tensor, expected: Tensor) -> None:
-        """Add a batch: what a file gives, and what it should."""
+        """Add a batch.
+
+        Args:
+            actual: output of the file.
+            expected: output that it should be, of the same shape.
+
+        Raises:
+            RuntimeError: the shapes differ.
+        """
         actual, expected = actual.double(), expected.double()
         gap = actual - expected
         self.largest = max(self.largest, gap.abs().max().item())
@@ -73,7 +86,11 @@ class Agreement:
         self.count += alike.numel()
 
     def compute(self) -> dict[str, float]:
-        """For JSON: "agreement" or "cosine", "largest_difference" and "relative_difference"."""
+        """Return "agreement" or "cosine", "largest_difference" and "relative_difference", which JSON can hold.
+
+        Raises:
+            ZeroDivisionError: there was no batch.
+        """
         return {
             "cosine" if self.is_cosine else "agreement": self.same / self.count,
             "largest_difference": self.largest,

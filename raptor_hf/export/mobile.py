@@ -1,4 +1,4 @@
-"""Files for phones and small boards: ExecuTorch (.pte) and Core ML (.mlpackage).
+"""Writes files for phones and small boards: ExecuTorch (.pte) and Core ML (.mlpackage).
 
     save_executorch(model, "model.pte", image_size=(224, 224))
     save_coreml(model, "model.mlpackage", image_size=(224, 224))

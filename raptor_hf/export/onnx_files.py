@@ -1,10 +1,10 @@
-"""ONNX files: float32, int8 and 4 bits, for any batch and image size.
+"""Writes ONNX files in float32, int8 and 4 bits, for any batch and image size.
 
     save_onnx(model, "model.onnx")
     quantize_onnx("model.onnx", "model_int8.onnx", "int8_dynamic")
 
-The steps of a block stand one after another in the graph and share its weights. So a step keeps the range of its own
-activations, which static quantisation needs: a block sees others at every step.
+The steps of a block stand one after another in the graph and share its weights. Static quantisation finds a range of
+activations for each of them, which it needs, for activations differ from step to step.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Models as exported programs of PyTorch: images in, named tensors out, any batch and, if wanted, any image size.
+"""Exports models as programs of PyTorch: images in, named tensors out, for any batch and, if wanted, any image size.
 
 save_pt2(model, "model.pt2")
 torch.export.load("model.pt2").module()(images)    # a tuple, named as output_names(model) says
@@ -23,7 +23,7 @@ MAX_PATCHES = 512
 
 
 class FrozenConditioner(nn.Module):
-    """What a conditioner gives at the steps of its block, computed once: a tensor for each step and field."""
+    """Holds what a conditioner gives at the steps of its block, computed once: a tensor for each step and field."""
 
     def __init__(self, modulations: list[StepModulation]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FrozenConditioner(nn.Module):
 
 
 class ImageProgram(nn.Module):
-    """What exporters trace: pixel_values (B, C, H, W) to the tensors of a model's output, a tuple in their order.
+    """The module that exporters trace, from pixel_values (B, C, H, W) to a tuple of the tensors of a model's output.
 
     Args:
         model: a Raptor or any other image model of transformers; it is copied.

@@ -1,9 +1,10 @@
-"""Weights rounded to four bits so that what one loses the others of its output make good: GPTQ.
+"""GPTQ: rounds weights to four bits; the weights that are not yet rounded compensate for each error.
 
     round_weights(model, nodes, batches, block_size=16)
 
 Frantar et al., "GPTQ", https://arxiv.org/abs/2210.17323, with the second moments of all steps that a weight serves.
-onnxruntime 1.32 has the algorithm by name, but reads the triangle of zeros of its factor, which compensates nothing.
+onnxruntime 1.32 has a function of this name, but it reads the triangle of its factor that holds zeros, so that nothing
+is compensated.
 """
 
 from collections import defaultdict
@@ -24,7 +25,7 @@ CHUNK = 8
 def round_weights(
     model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], calibration: Iterable[Tensor], block_size: int
 ) -> None:
-    """Put values of a 4-bit grid into the weights of a model, in place.
+    """Round weights of a model to four bits, in place.
 
     Args:
         model: with the input "pixel_values".
@@ -42,7 +43,7 @@ def round_weights(
 def second_moments(
     model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], calibration: Iterable[Tensor]
 ) -> dict[str, np.ndarray]:
-    """Sum over images, tokens and steps of x x^T, (inputs, inputs), of what each weight is multiplied by."""
+    """Sum x x^T, (inputs, inputs), over images, tokens and steps, where x is what a weight is multiplied by."""
     readers = defaultdict(list)
     for node in nodes:
         readers[node.input[1]].append(node.input[0])
@@ -64,7 +65,7 @@ def second_moments(
 
 
 def gptq(weight: np.ndarray, moment: np.ndarray, block_size: int) -> np.ndarray:
-    """A weight rounded to four bits, input by input; what is lost goes into the inputs that are still to come.
+    """Round a weight to four bits, input by input; the rows of later inputs change to compensate for each error.
 
     Args:
         weight: (inputs, outputs).
@@ -72,7 +73,7 @@ def gptq(weight: np.ndarray, moment: np.ndarray, block_size: int) -> np.ndarray:
         block_size: as in `round_weights`.
 
     Returns:
-        (inputs, outputs) in float32; of each block at most 16 values an output.
+        (inputs, outputs) in float32; an output has at most 16 different values in each block of inputs.
     """
     left, rounded = weight.astype(np.float64), np.zeros(weight.shape)
     damped = moment + DAMPING * max(np.diag(moment).mean(), np.finfo(np.float32).tiny) * np.eye(len(moment))
