@@ -1,9 +1,9 @@
-"""Depth as time: what trajectories do, and what happens to them when a model is changed.
+"""Treats depth as time: measures how trajectories move, and what happens when a model is changed.
 
-`motion`: how directions converge and turn. `ranks`: of the updates. `basins`: angles of the classes. `dmd`: one linear
-map per phase. `interventions`: perturbed states, swapped and replaced layers. `extrapolation`: more or fewer steps.
-`lens`: what heads, attention and norms say at every state. `patching`: which tokens carry the difference of two images,
-and whether a student's states serve its teacher. `confidence`: whether a prediction is wrong or an image foreign.
-`findings`: which of the paper's hold. `report`, `figures`, `experiment_figures`: all of it to read. `explorer`: the
-page to look inside.
+`motion` measures how directions converge and turn, `ranks` the ranks of the updates, `basins` the angles between
+classes. `dmd` fits one linear map to each phase. `interventions` perturbs states, and swaps and replaces layers.
+`extrapolation` runs more or fewer steps. `lens` reads heads, attention and norms at every state. `patching` finds which
+tokens carry the difference of two images, and whether a student's states serve its teacher. `confidence` scores whether
+a prediction is right and an image familiar. `findings` judges which findings of the paper hold. `subject` describes the
+model. `report`, `figures` and `experiment_figures` write the report. `explorer` makes a page of photographs.
 """

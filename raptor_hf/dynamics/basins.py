@@ -1,4 +1,4 @@
-"""Angular basins: whether images of a class end up in one direction, and images of different classes in others.
+"""Measures angular basins: whether images of a class end in one direction, and images of other classes in others.
 
     reservoir = Reservoir(num_images=300)
     for batch in loader:
@@ -6,7 +6,7 @@
         reservoir.update(batch["names"], teacher.tokens.summaries(states), batch["labels"])
     class_angles(reservoir.vectors, reservoir.labels).silhouette.mean
 
-All of this needs pairs of images, so it is taken over a fixed number of them.
+Angles need pairs of images, so they are measured on a fixed number of images.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Is this prediction wrong, is this image foreign? Scores from the path that an image takes through the layers.
+"""Scores whether a prediction is right and whether an image is familiar, by its path through the layers.
 
     paths = [path_of(model, model.trajectory(pixel_values)) for pixel_values in batches]
     scores = PathScores(training_paths, training_scores, labels)
@@ -6,7 +6,7 @@
     scores.familiarity(paths)                          # (N,), higher for images like those of the fit
     area_under_risk(scores.correctness(paths, class_scores), is_right)
 
-What is fitted sees training images alone: no test image, and no foreign one.
+The scores are fitted on training images alone, not on test images or foreign ones.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ LOGISTIC_C = 0.01
 
 @torch.no_grad()
 def path_of(model: Teacher, states: Tensor) -> dict[str, Tensor]:
-    """What is kept of trajectories (B, L + 1, T, D), image by image, to score them later.
+    """Summarises trajectories, (B, L + 1, T, D), image by image, to score them later.
 
     Returns:
         speed: mean angle between successive states over the tokens of each group, radians, (B, L, G).
@@ -54,13 +54,13 @@ class PathScores:
 
     Args:
         paths: of N training images, as `path_of` gives them.
-        class_scores: what the classifier reads at every state, (N, L + 1, C). Where a classifier was fitted to these
-            very images, it must be by cross-fitting, each image being read by one that has not seen it; otherwise
-            training images are hardly ever wrong.
+        class_scores: what the classifier reads at every state, (N, L + 1, C). If it was fitted to these very images,
+            take scores by cross-fitting, each image read by a classifier that has not seen it; otherwise hardly any
+            prediction is wrong.
         labels: their classes, (N,).
 
     Raises:
-        ValueError: if the predictions are all right, or all wrong: there is nothing to tell apart.
+        ValueError: if the predictions are all right, or all wrong.
     """
 
     @torch.no_grad()
@@ -71,7 +71,8 @@ class PathScores:
         is_right = class_scores[:, -1].argmax(1) == labels
         if is_right.all() or not is_right.any():
             raise ValueError(
-                f"class_scores has {int(is_right.sum())} right predictions of {len(labels)}; give some wrong"
+                f"class_scores has {int(is_right.sum())} right predictions of {len(labels)}; it must have right and "
+                "wrong ones: take more images, or cross-fit the classifier"
             )
         units = paths["directions"].float()
         members = torch.nn.functional.one_hot(labels, class_scores.shape[2]).float()
@@ -87,11 +88,12 @@ class PathScores:
 
     @torch.no_grad()
     def correctness(self, paths: Mapping[str, Tensor], class_scores: Tensor) -> Tensor:
-        """How likely predictions are right, by a logistic regression on the path, in log-odds up to a constant, (N,).
+        """Scores how likely predictions are right, by a logistic regression; log-odds up to a constant, (N,).
 
-        The path is told by speeds, bends and convergence of each group of tokens; by probability, margin and entropy of
-        the classifier's reading at every state; by the step from which it stays, and how often it changes; and by the
-        angles to the centre of the predicted class and to the nearest other one, at every state.
+        The regression reads speed, bend and convergence of each group of tokens at every step. At every state it reads
+        probability, margin and entropy of the classifier's answer, the angle to the centre of the predicted class, and
+        how much nearer that is than the nearest other centre. It also reads the step after which the answer stays, and
+        how often the answer changes.
 
         Args:
             paths: as `path_of` gives them.
@@ -101,10 +103,11 @@ class PathScores:
 
     @torch.no_grad()
     def familiarity(self, paths: Mapping[str, Tensor]) -> Tensor:
-        """How near paths are to those of the fit, (N,), 0 for a usual one, lower for others.
+        """Scores how near paths are to those of the training images, (N,): 0 for a usual path, less for a foreign one.
 
-        At every step the Mahalanobis distance of the directions of class token and mean patch, its logarithm in units
-        of the spread over the training images; the mean over steps, with the opposite sign.
+        At every step, the directions of class token and mean patch have a Mahalanobis distance to the training images.
+        Its logarithm is standardised by mean and spread over the training images. The score is minus the mean of these
+        values over the steps.
         """
         return -((self._distances(paths) - self._usual) / self._spread)[:, 1:].mean(1)
 
@@ -152,7 +155,7 @@ def _gaussian(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def area_under_risk(confidence: Tensor, is_right: Tensor) -> float:
-    """AURC: the share of wrong predictions among the most confident ones, averaged over how many are kept.
+    """Area under the risk-coverage curve: the error of the n most confident predictions, averaged over n.
 
     Args:
         confidence: (N,), the higher the surer.
@@ -163,7 +166,7 @@ def area_under_risk(confidence: Tensor, is_right: Tensor) -> float:
 
 
 def nearest_similarity(features: Tensor, bank: Tensor, ks: Sequence[int]) -> Tensor:
-    """Cosine to the k-th nearest training image for every k, (N, len(ks)): the rival of arXiv 2204.06507.
+    """Cosine to the k-th nearest training image for every k, (N, len(ks)): the baseline of arXiv 2204.06507.
 
     Args:
         features: (N, F).
@@ -176,5 +179,5 @@ def nearest_similarity(features: Tensor, bank: Tensor, ks: Sequence[int]) -> Ten
 
 
 def gather_paths(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Paths of several batches as one."""
+    """Joins the paths of several batches."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

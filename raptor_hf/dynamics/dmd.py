@@ -1,4 +1,4 @@
-"""Dynamic mode decomposition along depth: is a phase one linear map, applied again and again?
+"""Dynamic mode decomposition along depth: fits one linear map to each phase, and measures how far it predicts.
 
     accumulator = DMDAccumulator(hidden_size=768, spans=[(0, 7), (7, 10), (10, 12)])
     for states in trajectories:                        # (B, L + 1, T, D)
@@ -35,8 +35,8 @@ class SpanOperator(Result):
     Attributes:
         span: (start, end], in the numbering of states.
         operator: K, (D, D); a state is a row, so a step is x @ K.
-        endpoint: one map fitted from the first state of the span to its last, (D, D): what a linear map can do that
-            need not be a power.
+        endpoint: one map fitted from the first state of the span to its last, (D, D), which need not be a power of
+            another map.
         eigenvalues: of K on the directions that were kept, complex, by descending modulus, (r,).
     """
 
@@ -46,7 +46,7 @@ class SpanOperator(Result):
     eigenvalues: Tensor
 
     def to_dict(self) -> dict:
-        """Returns span and eigenvalues; the operators are no numbers for a report."""
+        """Returns span and eigenvalues; the operators are too large for a report."""
         return {"span": list(self.span), "eigenvalues": torch.view_as_real(self.eigenvalues).tolist()}
 
 
@@ -228,7 +228,7 @@ class DMDErrors(MomentAccumulator):
 
 @dataclass(frozen=True, eq=False)
 class DMDContinuation(Result):
-    """What is left of the error of a linear phase once the model's own remaining layers have run.
+    """Error of a linear phase where it ends, and after the model's own remaining layers have run.
 
     Attributes:
         span: (start, end] that was replaced by K^(end - start), the operator applied once per layer.
@@ -278,7 +278,7 @@ class ContinuationExperiment(MomentAccumulator):
                 self.add(f"{index}.agreement", same)
 
     def compute(self) -> list[DMDContinuation]:
-        """Returns what is left of the error of every span, over all images seen.
+        """Returns the errors of every span, over all images seen.
 
         Raises:
             ValueError: if no image was seen.

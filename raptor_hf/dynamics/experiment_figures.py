@@ -1,4 +1,4 @@
-"""Figures of the experiments that act on a model, and of linear models of its phases; models in the same axes."""
+"""Draws the experiments that act on a model, and the linear models of its phases; all models share their axes."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ def plot_perturbation(
     boundaries: Sequence[int] = (),
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draws what becomes of noise: its angle over depth for every layer it enters at, rates, and predictions kept.
+    """Draws how noise develops: its angle over depth for every layer it enters at, rates, and predictions kept.
 
     Args:
         results: by model, for the same layers and sizes.
@@ -93,7 +93,7 @@ def plot_edits(
     metric: str,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draws what models are worth with layers replaced or swapped, within phases and across them.
+    """Draws the scores of models with layers replaced or swapped, within phases and across them.
 
     Args:
         results: by model.

@@ -1,10 +1,10 @@
-"""One page to look inside: photographs, and what a teacher and its student make of them step by step.
+"""Makes one HTML page that shows what a teacher and its student make of photographs, step by step.
 
     page = explore(teacher, student, pixel_values, titles=titles, names=names, mean=mean, std=std)
     Path("explore.html").write_text(page)
 
 The page is one HTML file without a network: feature maps as colours, attention, speeds, the phases and the paths of all
-tokens, with a slider over depth. What it shows are directions, x / ||x||, because norms grow with depth
+tokens, with a slider over depth. It shows directions, x / ||x||, because norms grow with depth
 (arXiv 2512.19941).
 """
 
@@ -47,7 +47,7 @@ def explore(
     partition: Partition | None = None,
     num_blocks: int = 3,
 ) -> str:
-    """Makes the page.
+    """Makes the HTML page.
 
     Args:
         teacher: loaded with `attn_implementation="eager"` if its attention is to be shown.
@@ -123,7 +123,7 @@ def explore(
 
 @torch.no_grad()
 def cls_attention(model: Teacher, pixel_values: Tensor) -> Tensor | None:
-    """Attention of the cls token to the patches, mean over heads.
+    """Returns the attention of the cls token to the patches, mean over heads.
 
     Returns:
         (B, L, P), or None where there is no cls token or the attention implementation gives no weights.
@@ -140,11 +140,11 @@ def cls_attention(model: Teacher, pixel_values: Tensor) -> Tensor | None:
 
 
 def feature_colours(patches: Sequence[Tensor]) -> list[Tensor]:
-    """Three principal components of the first model's patches as red, green and blue, for all models alike.
+    """Colours patches by three principal components of the first model's patches, in the same way for all models.
 
     The components of every step are turned towards those of the step before, so that a colour keeps its meaning as far
-    as the features do. Limits are those of each photograph in the first model; the others are projected onto the same
-    components with the same limits.
+    as the features do. The range of a colour is that of each photograph in the first model; the other models are
+    projected onto the same components with the same ranges.
 
     Args:
         patches: directions of the patches of each model, (B, L + 1, P, D).
@@ -172,7 +172,7 @@ def feature_colours(patches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def token_paths(tokens: Sequence[Tensor]) -> list[Tensor]:
-    """Where each token goes on the sphere: in the plane of most variance of the first model, one for each photograph.
+    """Projects the path of each token onto the plane of most variance in the first model, one for each photograph.
 
     Args:
         tokens: directions of all tokens of each model, (B, L + 1, T, D).
@@ -191,19 +191,19 @@ def token_paths(tokens: Sequence[Tensor]) -> list[Tensor]:
 
 
 def angular_speed(states: Tensor) -> Tensor:
-    """Angle between one state and the next in degrees, (L, T), of states (L + 1, T, D)."""
+    """Returns the angle between one state and the next in degrees, (L, T), of states (L + 1, T, D)."""
     unit = directions(states)
     return torch.rad2deg(angle(unit[1:], unit[:-1]))
 
 
 def convergence(states: Tensor) -> Tensor:
-    """Cosine to the last state, (L + 1, T), of states (L + 1, T, D)."""
+    """Returns the cosine to the last state, (L + 1, T), of states (L + 1, T, D)."""
     unit = directions(states)
     return (unit * unit[-1]).sum(-1)
 
 
 def settled_at(states: Tensor) -> Tensor:
-    """The first step from which on a token stays within `SETTLED` degrees of its last direction, (T,)."""
+    """Finds the first step after which a token stays within `SETTLED` degrees of its last direction, (T,)."""
     unit = directions(states)
     far = torch.rad2deg(angle(unit, unit[-1:].expand_as(unit))) > SETTLED
     steps = torch.arange(1, len(states) + 1)[:, None]
@@ -212,7 +212,7 @@ def settled_at(states: Tensor) -> Tensor:
 
 @torch.no_grad()
 def lens_of(model: Teacher, states: Tensor) -> list[dict[str, Any]] | None:
-    """What the model's classifier reads at every state, image by image; None without a classifier.
+    """Reads the model's classifier at every state, image by image; returns None without a classifier.
 
     Returns:
         For each image the name of the first class and its probability at every state, (L + 1,), and the first step from
@@ -239,42 +239,42 @@ def lens_of(model: Teacher, states: Tensor) -> list[dict[str, Any]] | None:
 
 
 def fidelity_of(teacher: Teacher, trajectories: Sequence[Tensor]) -> list[float]:
-    """R² of the student's state after every step, (L,), on these photographs."""
+    """Measures R² of the student's state after every step, (L,), on these photographs."""
     fidelity = FidelityAccumulator(teacher.num_layers, teacher.tokens)
     fidelity.update(*trajectories)
     return rounded(fidelity.compute().r2, 4)
 
 
 def by_group(values: Tensor, teacher: Teacher) -> dict[str, list[float]]:
-    """Mean over the tokens of each group, of values (steps, T)."""
+    """Averages values, (steps, T), over the tokens of each group."""
     groups = teacher.tokens.slices
     return {name: rounded(values[:, tokens].mean(1)) for name, tokens in groups.items()}
 
 
 def scaled(values: Tensor) -> Tensor:
-    """Each step from 0 to 255, uint8."""
+    """Scales the values of each step to 0..255, uint8."""
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return ((values - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
 
 
 def rounded(values: Tensor | np.ndarray, digits: int = 3) -> Any:
-    """Numbers as lists; float64, for a rounded float32 has many digits again as a Python float."""
+    """Rounds numbers, as lists of float64: a rounded float32 has many digits again as a Python float."""
     return np.round(np.asarray(values, dtype=np.float64), digits).tolist()
 
 
 def encoded(values: Tensor) -> str:
-    """The bytes of a uint8 tensor in base64."""
+    """Encodes the bytes of a uint8 tensor in base64."""
     return base64.b64encode(values.contiguous().numpy().tobytes()).decode()
 
 
 def denormalized(pixel_values: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """The images that a processor has normalised, (B, 3, H, W), as (B, H, W, 3) from 0 to 1."""
+    """Undoes a processor's normalisation: images (B, 3, H, W) become (B, H, W, 3) from 0 to 1."""
     scale, shift = torch.tensor(std)[:, None, None], torch.tensor(mean)[:, None, None]
     return (pixel_values * scale + shift).clamp(0, 1).permute(0, 2, 3, 1)
 
 
 def jpeg(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> str:
-    """A normalised image, (3, H, W), as the data of a JPEG in base64."""
+    """Encodes a normalised image, (3, H, W), as a JPEG in base64."""
     array = (denormalized(pixels[None], mean, std)[0] * 255).round().to(torch.uint8).numpy()
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, format="JPEG", quality=88)

@@ -1,4 +1,4 @@
-"""A model run for fewer and more steps than it was trained for, and stopped early where its states have settled.
+"""Runs a model for fewer and more steps than it was trained for, and stops it early where its states have settled.
 
 experiment = DepthExtrapolation(student, num_steps=(6, 12, 24), pace="hold")
 experiment.update(states, reference=teacher_states, labels=labels)
@@ -23,7 +23,7 @@ ExitRule = Literal["angular_speed", "second_difference"]
 
 
 def paced_layers(num_layers: int, num_steps: int, pace: Pace) -> list[int]:
-    """Chooses the layers of another number of steps.
+    """Chooses the layers that run in another number of steps.
 
     Args:
         num_layers: L.
@@ -45,7 +45,7 @@ def paced_layers(num_layers: int, num_steps: int, pace: Pace) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class ExtrapolationResult(Result):
-    """What a model gives after N steps, for every N; curves (N,) over images.
+    """Scores of a model after N steps, for every N; curves (N,) over images.
 
     Attributes:
         num_steps: the numbers of steps.

@@ -1,4 +1,4 @@
-"""Figures of how trajectories move: several models on the same images in the same axes, with the phases drawn in.
+"""Draws how trajectories move: models on the same images share their axes, and lines mark the phases.
 
 Every function takes its results by model, saves a PNG if it is given a path, and returns the figure. Bands and error
 bars are one standard deviation over images.

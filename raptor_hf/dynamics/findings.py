@@ -1,4 +1,4 @@
-"""What the numbers of an analysis say: one verdict for every finding of the paper and every model.
+"""Judges from the numbers of an analysis, for every model, which findings of the paper hold.
 
 All sentences are made from the numbers, by the thresholds of `Thresholds`, so that running an analysis again rewrites
 them. `report` puts them on a page. Most findings are those of "Block-Recurrent Dynamics in Vision Transformers" (arXiv
@@ -21,7 +21,7 @@ from .ranks import Spectra
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where a finding begins to hold."""
+    """Limits from which a finding holds."""
 
     gamma_drop: float = 0.05  # the most that gamma may fall from one layer to the next
     late_turn: float = 1.5  # speed of cls in the last third over its speed before
@@ -176,7 +176,7 @@ def score_name(analyses: Sequence[Analysis]) -> str:
 
 
 def thirds(values: Sequence[float]) -> tuple[float, float, float]:
-    """Means over the first, the middle and the last third; what does not divide goes to the middle."""
+    """Means over the first, the middle and the last third; a remainder goes to the middle."""
     values, size = np.asarray(values, dtype=float), max(1, len(values) // 3)
     rest = values[size:-size] if len(values) > 2 * size else values
     return float(values[:size].mean()), float(rest.mean()), float(values[-size:].mean())
@@ -211,7 +211,7 @@ def _slow_registers(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
 
 
 def judge_jumps(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
-    """Whether speed jumps at phase boundaries."""
+    """Judges whether speed jumps at phase boundaries."""
     if not a.jumps:
         return Verdict(None, "no phase boundary")
     parts = [
@@ -246,7 +246,7 @@ def _coherence(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
 
 
 def judge_basins(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
-    """Whether images of a class end up in one direction."""
+    """Judges whether images of a class end up in one direction."""
     if a.class_angles is None:
         return Verdict(None, "no labels, or too few images per class")
     angles = a.class_angles
@@ -260,7 +260,7 @@ def judge_basins(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
 
 
 def judge_self_correction(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
-    """Whether perturbations shrink."""
+    """Judges whether perturbations shrink."""
     p = a.perturbation
     size = len(p.sizes) // 2
     rates = np.asarray(p.rate.mean[:, size])
@@ -275,10 +275,10 @@ def judge_self_correction(a: Analysis, reference: Analysis, t: Thresholds) -> Ve
 
 
 def judge_swap(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
-    """Whether layers of one phase stand in for each other better than those of others.
+    """Judges whether layers of one phase stand in for each other better than layers of other phases.
 
-    Edits of one layer are compared with each other: how much a model minds depends on the layer far more than on what
-    takes its place, and layers have different shares of substitutes within their phase.
+    Edits are compared layer by layer, because the loss depends on the replaced layer far more than on its substitute,
+    and because layers have different shares of substitutes within their phase.
     """
     metric = score_name([a])
     gaps = replacement_gaps(a.edits, metric)
@@ -323,7 +323,7 @@ def _linear(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
 
 
 def judge_extrapolation(a: Analysis, reference: Analysis, t: Thresholds) -> Verdict:
-    """Whether a model keeps its score at twice the steps; what becomes of its states is in the evidence."""
+    """Judges whether a model keeps its score at twice the steps; the evidence says what its states do."""
     metric = score_name([a])
     hold = next((r for r in a.extrapolation if r.pace == "hold"), None)
     num_layers = len(a.dynamics.angular_speed["patches"].mean)

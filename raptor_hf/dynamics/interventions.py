@@ -1,4 +1,4 @@
-"""Experiments that act on a model: its states are perturbed, its layers exchanged, and it runs on.
+"""Perturbs the states of a model or exchanges its layers, runs it on, and measures what changes.
 
     experiment = Perturbation(teacher, sizes=(0.1,), layers=range(0, 12))
     for pixel_values, labels in batches:
@@ -27,7 +27,7 @@ from .motion import Result, angle, directions
 
 @dataclass(frozen=True, eq=False)
 class PerturbationResult(Result):
-    """What becomes of noise that is added to the states after one layer.
+    """How noise that is added to the states after one layer grows or shrinks.
 
     Attributes:
         layers: after which noise was added, J of them.
@@ -104,7 +104,7 @@ class Perturbation(MomentAccumulator):
             self.add("unchanged", unchanged)
 
     def compute(self) -> PerturbationResult:
-        """Returns what became of the noise over all images seen.
+        """Returns the results over all images seen.
 
         Raises:
             ValueError: if no image was seen.

@@ -1,4 +1,4 @@
-"""What can be read at every state of a trajectory: predictions, attention, and tokens that hold something else.
+"""Reads predictions, attention and outlying tokens at every state of a trajectory.
 
     states = model.trajectory(pixel_values)            # (B, L + 1, T, D), of a teacher or of a student
     readings(model, states)                            # (B, L + 1, num_labels), the logit lens
@@ -33,7 +33,7 @@ MAD_TO_STD = 1.4826
 
 @torch.no_grad()
 def readings(model: Teacher, states: Tensor, classifier: Classifier | None = None) -> Tensor:
-    """What the model's head would answer at every state, if the model ended there.
+    """Returns what the model's head answers at every state, as if the model ended there.
 
     Args:
         model: teacher or student.
@@ -52,10 +52,11 @@ def readings(model: Teacher, states: Tensor, classifier: Classifier | None = Non
 
 @torch.no_grad()
 def patch_readings(model: Teacher, states: Tensor, classifier: Classifier | None = None) -> Tensor:
-    """What the model's head would answer if every patch were like one of them.
+    """Returns what the model's head answers for each patch, as if all patches were like it.
 
     Each patch stands in for the mean patch, beside the class token, where the head has one; so the mean over patches is
-    the answer of `readings`, for a head that is linear. In a head on the class token alone it stands in for this.
+    the answer of `readings`, for a head that is linear. For a head on the class token alone, the patch stands in for
+    this token.
 
     Args:
         model: teacher or student.
@@ -91,7 +92,7 @@ def _classifier(model: Teacher, classifier: Classifier | None) -> Classifier:
 
 @dataclass(frozen=True, eq=False)
 class LinearLens(Result):
-    """One affine map for each state, from what it is to what the last state will be.
+    """One affine map for each state, which predicts the last state from it.
 
     Attributes:
         weight: (L + 1, D, D); a state is a row. That of the last state is the identity.
@@ -168,7 +169,7 @@ class TunedLens(MatrixAccumulator):
 
 @torch.no_grad()
 def attention_maps(model: Teacher, pixel_values: Tensor) -> Tensor:
-    """Attention weights of every step and head, (B, L, heads, T, T): from each token, row, to each other, column.
+    """Attention weights of every step and head, (B, L, heads, T, T): the token of a row attends to that of a column.
 
     Args:
         model: loaded with `attn_implementation="eager"`; the other implementations have no weights.
@@ -185,9 +186,9 @@ def attention_maps(model: Teacher, pixel_values: Tensor) -> Tensor:
 
 
 def rollout(attentions: Tensor, residual: float = 0.5) -> Tensor:
-    """How much of every token of the embeddings is in each token after every step, if attention were all that mixes.
+    """Estimates how much of each embedded token is in each token after every step, if attention alone mixes them.
 
-    The product over steps of (1 - residual) * mean over heads + residual * identity, which leaves rows that sum to 1.
+    The product over steps of (1 - residual) * mean over heads + residual * identity; its rows sum to 1.
 
     Args:
         attentions: (B, L, heads, T, T).
@@ -211,7 +212,7 @@ def token_norms(states: Tensor) -> Tensor:
 
 
 def artefacts(states: Tensor, tokens: TokenLayout, threshold: float = 8.0) -> Tensor:
-    """Patches whose norm is far above that of the others: where large models without registers keep what is global.
+    """Finds patches whose norm is far above the others'; large models without registers keep global information there.
 
     Args:
         states: (B, L + 1, T, D).

@@ -1,4 +1,4 @@
-"""Depth as time: how the states of a trajectory move from layer to layer, streamed over images.
+"""Measures how the states of a trajectory move from layer to layer, streamed over images.
 
     dynamics = DynamicsAccumulator(num_layers=12, tokens=teacher.tokens)
     for pixel_values in batches:
@@ -54,8 +54,8 @@ class Result:
 class Dynamics(Result):
     """How a trajectory moves; every mapping goes from "cls", "registers", "patches" (as far as there are such tokens).
 
-    Values are means over the tokens of a group in one image, then mean and spread over images. u = x / ||x||; where a
-    norm is 0, it divides nothing.
+    Values are means over the tokens of a group in one image, then mean and spread over images. u = x / ||x||, and
+    0 where x is 0.
 
     Attributes:
         norm: ||x_l||, (L + 1,).
@@ -148,7 +148,7 @@ class DynamicsAccumulator(MomentAccumulator):
 
 @dataclass(frozen=True)
 class SpeedJumps(Result):
-    """Whether speed changes more where a phase ends than elsewhere.
+    """Result of the test whether speed changes more where a phase ends than elsewhere.
 
     Attributes:
         at_boundaries: mean change of speed at the boundaries, radians.

@@ -1,4 +1,4 @@
-"""Causes along depth: which tokens carry the difference of two images, and whether states of one model serve another.
+"""Finds which tokens carry the difference of two images, and whether the states of one model serve another.
 
     experiment = CausalPatching(model)
     experiment.update(states, states.roll(1, 0))       # images in pairs, with the next of their batch
@@ -8,7 +8,7 @@
     swap.update(teacher.trajectory(pixel_values), student.trajectory(pixel_values))
     swap.compute().agreement.mean                      # (L + 1,), the teacher's answers from the student's states
 
-For edits of other places than states, `raptor_hf.steps`.
+`raptor_hf.steps` edits other places than states.
 """
 
 from dataclasses import dataclass
@@ -28,13 +28,13 @@ ALL_TOKENS = "all tokens"
 
 @dataclass(frozen=True, eq=False)
 class PatchingResult(Result):
-    """What becomes of an image whose tokens are another's at one step.
+    """How the answer for an image changes when some of its tokens are replaced by another image's at one step.
 
     Attributes:
         groups: of tokens, G of them, the last being all of them.
-        effect: share of the difference of the two images' answers that comes with the tokens, curve (L + 1, G) over
-            pairs: of the difference between the scores of the two predicted classes, or without a classifier of the
-            features that a head reads, along the line from one image's to the other's. 1 for all tokens.
+        effect: share of the difference between the two images' answers that the tokens bring along, curve (L + 1, G)
+            over pairs; 1 for all tokens. An answer is the score of one predicted class minus that of the other. Without
+            a classifier it is how far the features that a head reads lie on the way from one image's to the other's.
         flipped: fraction of pairs whose prediction becomes the other image's, curve (L + 1, G); None without a
             classifier.
     """
@@ -113,13 +113,13 @@ class CausalPatching(MomentAccumulator):
 
 @dataclass(frozen=True, eq=False)
 class SwapResult(Result):
-    """What a model makes of the states of another, put in its place at each step; curves (L + 1,) over images.
+    """How a model runs on from the states of another, put in at each step; curves (L + 1,) over images.
 
     Attributes:
         epsilon: ||other - own|| / ||own|| of the state that is put in, mean over tokens.
         distance: the same of the last state that the model makes of it.
-        random_distance: the same from its own state with noise as large, token by token, as the difference: below it,
-            the difference is of a kind that the model minds less than a random one.
+        random_distance: the same from its own state with noise as large, token by token, as the difference. A
+            `distance` below it says that the difference disturbs the model less than noise does.
         agreement: fraction of its predictions that stay; None without a classifier.
         random_agreement: the same with noise.
     """
@@ -183,7 +183,7 @@ class StateSwap(MomentAccumulator):
             self.add(name, torch.stack(values, 1))
 
     def compute(self) -> SwapResult:
-        """Returns what the model made of the states of all images seen.
+        """Returns the results over all images seen.
 
         Raises:
             ValueError: if no image was seen.

@@ -1,4 +1,4 @@
-"""In how many directions the layers of a trajectory move their tokens: stable and effective rank, and the spectrum.
+"""Measures in how many directions each layer moves its tokens: stable rank, effective rank and spectrum.
 
     spectra = SpectrumAccumulator(num_layers=12, hidden_size=768)
     for states in trajectories:                        # (B, L + 1, T, D)
@@ -47,7 +47,7 @@ class SpectrumAccumulator(MatrixAccumulator):
     Args:
         num_layers: L.
         hidden_size: D.
-        image_stride: one of so many images is used: eigenvalues cost more than all else here, above all on GPUs.
+        image_stride: one of so many images is used, because eigenvalues are slow, above all on GPUs.
 
     Raises:
         ValueError: if `image_stride` is not positive.

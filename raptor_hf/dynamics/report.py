@@ -1,6 +1,6 @@
-"""The report of an analysis of dynamics: its figures, their captions, and the page that puts all together.
+"""Writes the report of an analysis of dynamics: figures, captions, and the page that joins them.
 
-Captions say what a figure shows and, from the numbers, what is seen in it.
+Captions say what a figure shows, and what is seen in it according to the numbers.
 """
 
 import json
@@ -33,7 +33,7 @@ from .motion import DEGREES, to_plain
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The images that every model was given to the projection.
+    """The images that the projection shows, as every model sees them.
 
     Attributes:
         vectors: by model, one summary per image and layer, (N, L + 1, D).
@@ -54,7 +54,7 @@ def write_report(
     numbers: Mapping[str, Any],
     command: str,
 ) -> None:
-    """Writes report.md, numbers.json and figures/, first beside the folder: what is in the folder is whole.
+    """Writes report.md, numbers.json and figures/ beside the folder, then moves them in: none is ever half written.
 
     Args:
         folder: of the report; a report that is there is replaced. Its parent exists.
@@ -259,7 +259,7 @@ def _every(stride: int) -> str:
 
 
 def findings_text(results: Sequence[Finding]) -> str:
-    """The findings as a Markdown table, a sentence on the first model each; folded below it criteria and all others."""
+    """Writes the findings as a Markdown table with the first model's numbers; criteria and other numbers are folded."""
     names = list(results[0].verdicts)
     words = {True: "yes", False: "no", None: "-"}
     lines = [f"| finding | {' | '.join(names)} | {names[0]}, in numbers |", "|---|" + "---|" * (len(names) + 1)]

@@ -1,4 +1,4 @@
-"""What an analysed model is, and what is not to be expected of it: the first lines of a report.
+"""Says in the first lines of a report what an analysed model is, and what not to expect of it.
 
 Every line follows from facts of the model, the images and the phases; none is about one model in particular.
 """
@@ -40,7 +40,7 @@ def cautions(
     partition: Partition,
     others: Mapping[str, Partition],
 ) -> list[str]:
-    """Says what is not to be expected of an analysis, in sentences; none of them where there is nothing to say.
+    """Returns sentences on what not to expect of an analysis; an empty list where there is nothing to say.
 
     Args:
         model: the reference.

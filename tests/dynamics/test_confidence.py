@@ -66,7 +66,7 @@ def test_foreign_paths_are_less_familiar_and_usual_ones_are_about_zero():
 def test_a_fit_without_a_wrong_prediction_is_refused():
     paths, _, labels = made(20, seed=0)
     right = torch.nn.functional.one_hot(labels, CLASSES).float()[:, None].expand(-1, 5, -1)
-    with pytest.raises(ValueError, match="class_scores has 20 right predictions of 20; give some wrong"):
+    with pytest.raises(ValueError, match="class_scores has 20 right predictions of 20; it must have right and wrong"):
         PathScores(paths, right, labels)
 
 
