@@ -1,6 +1,6 @@
-"""Models on the Hub: several heads in one folder, what may be published, and the cards.
+"""Prepares models for the Hub: heads in one folder, checks of what is published, and cards.
 
-`heads`: heads beside one backbone. `privacy`: what no one else may see. `publication`: what of a run is published.
-`student_card`, `teacher_card`: README.md from measured numbers, each filled into the text beside it. `card_words`: the
-words that both use.
+`heads` keeps several heads beside one backbone. `privacy` finds and takes out what no one else may see. `publication`
+gathers the files of a run that are published. `student_card` and `teacher_card` fill measured numbers into the texts
+beside them. `card_words` has the words that both use.
 """

@@ -1,4 +1,4 @@
-"""What the cards of students and teachers say alike: numbers, sizes, names of data sets, the cost of a training."""
+"""Words for the cards of students and teachers: numbers, sizes, names of data sets, the cost of a training."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,9 @@ _MARKUP = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "`": "&#96;", "|": "&#124;", 
 
 
 def dataset_label(name: str | None) -> str | None:
-    """A short name of a data set: that on the Hub or "digits" as it is, of a path its last part without pattern.
+    """Shortens the name of a data set: that on the Hub and "digits" stay, a path becomes its last part without pattern.
 
-    The Hub takes for the type of a data set an identifier only, letters, digits and "_.-" with at most one "/".
+    The Hub accepts only an identifier as the type of a data set: letters, digits and "_.-" with at most one "/".
     """
     if name is None or re.fullmatch(r"([\w-]+/)?[\w.-]+", name, re.ASCII):
         return name
@@ -24,12 +24,12 @@ def dataset_label(name: str | None) -> str | None:
 
 
 def dataset_words(name: str | None) -> str | None:
-    """A data set as a sentence names it."""
+    """Names a data set as sentences do."""
     return "scikit-learn's digits" if name == "digits" else dataset_label(name)
 
 
 def as_text(value: Any) -> Any:
-    """The strings of nested dicts and lists on one line each, with all that is markup as HTML entities."""
+    """Puts each string of nested dicts and lists on one line, and turns its markup into HTML entities."""
     if isinstance(value, Mapping):
         return {as_text(key): as_text(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -40,7 +40,7 @@ def as_text(value: Any) -> Any:
 
 
 def describe_training(metrics: RunMetrics, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Length and cost of a training; a teacher's is one number, a student's one per part."""
+    """Describes length and cost of a training, in one number for a teacher and one per part for a student."""
     seconds = metrics.seconds or {}
     parts = seconds if isinstance(seconds, Mapping) else {"all": seconds}
     spent = [f"{name.replace('stage', 'stage ')} {duration(value)}" for name, value in parts.items()]
@@ -63,7 +63,7 @@ def describe_training(metrics: RunMetrics, settings: Mapping[str, Any]) -> dict[
 
 
 def describe_options(settings: Mapping[str, Any]) -> list[str]:
-    """Sentences on what a student's training did with images and weights beyond the plain recipe."""
+    """Says in sentences what a student's training did with images and weights beyond the plain recipe."""
     sentences = []
     if settings.get("augment"):
         sentences.append("The images are random crops of at least a quarter of each, mirrored or not.")
@@ -77,7 +77,7 @@ def describe_options(settings: Mapping[str, Any]) -> list[str]:
 
 
 def device_words(device: str) -> str:
-    """A device as runs write it down; those of older versions say "1 threads"."""
+    """Names a device as its run does, but for the "1 threads" of older versions."""
     return re.sub(r"\b1 threads$", "1 thread", device)
 
 
@@ -101,12 +101,12 @@ def describe_size(value: int | Sequence[int]) -> str:
 
 
 def percent(value: float | None) -> str | None:
-    """A share with one decimal; None stays."""
+    """Writes a share in percent with one decimal; None stays."""
     return None if value is None else f"{value:.1%}".replace("%", " %")
 
 
 def short_count(count: int) -> str:
-    """A count with three significant digits and a unit."""
+    """Writes a count with three significant digits and a unit."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -114,17 +114,17 @@ def short_count(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in the unit that fits it."""
+    """Writes a time in the unit that fits it."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def check_front_matter(card: ModelCard, data: ModelCardData) -> None:
-    """Refuses a card whose front matter says something else than what it was made from.
+    """Refuses a card whose front matter does not say what it was made from.
 
     Raises:
-        ValueError: it does not come back as it went in.
+        ValueError: reading it gives something else.
     """
     if card.data.to_dict() != data.to_dict():
         raise ValueError("the card's front matter does not survive being read again; check the names in metrics.json")

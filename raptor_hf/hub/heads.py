@@ -1,4 +1,4 @@
-"""Several heads in one model folder: the backbone once, every head a small file of its own, told apart by `variant`.
+"""Keeps several heads in one model folder: the backbone once, each head in a small file, chosen by `variant`.
 
     save_head(probe, "runs/digits_k3", "imagenet-1k")
     RaptorForImageClassification.from_pretrained("runs/digits_k3", variant="imagenet-1k")
@@ -8,7 +8,7 @@
 `model.safetensors` holds the backbone, `head-VARIANT.safetensors` a head, and `model.safetensors.index.VARIANT.json`
 names both files, which is how transformers finds them. `head_variants` in config.json lists the variants of every
 class, the default one first. A head's file carries the fingerprint of the backbone that it was trained on: on another
-one it is stale.
+one the head is stale.
 """
 
 import json
@@ -53,8 +53,8 @@ _MAX_VARIANT_LENGTH = 100
 def save_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *, own_variant: str = "teacher") -> Path:
     """Adds the head of a model to a folder that holds its backbone.
 
-    A head that lies in the folder's `model.safetensors` itself moves to a file of its own first. Nothing is half
-    written: each file is replaced whole, the index, which makes a head visible, after its head.
+    A head that lies in the folder's `model.safetensors` itself moves to a file of its own first. No file
+    is ever half written, and the index, which makes a head visible, is written after its head.
 
     Args:
         model: with a head; its backbone is taken to be the folder's and is not written.
@@ -134,7 +134,7 @@ def list_heads(folder: str | Path) -> list[str]:
 
 
 def stale_heads(folder: str | Path) -> list[str]:
-    """Names of the heads that were trained on another backbone than the folder's; those without a fingerprint are not.
+    """Names of the heads that were trained on another backbone than the folder's; one without a fingerprint is not.
 
     Raises:
         FileNotFoundError: a head's file is missing.
@@ -157,7 +157,7 @@ def backbone_fingerprint(folder: str | Path) -> str:
 
 
 def sort_labels(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration, as JSON has it, with the names of classes in the order of their ids rather than 0, 1, 10, 2."""
+    """Sorts the names of classes in a configuration by their ids, which JSON orders as text: 0, 1, 10, 2."""
     sorted_config = dict(config)
     for name in ("id2label", "segmentation_id2label"):
         if labels := config.get(name):

@@ -1,4 +1,4 @@
-"""What of a run no one else may see: paths of this machine, names of user and host, the token; found and taken out.
+"""Finds and takes out what no one else may see: paths of this machine, names of user and host, the token.
 
     private = PrivateData.of_this_machine("org/digits-k3")
     metrics = private.remove(metrics)
@@ -32,7 +32,7 @@ _COMMON_NAMES = {"root", "user", "admin", "ubuntu", "debian", "ec2-user", "jovya
 
 @dataclass(frozen=True)
 class PrivateData:
-    """What no published file may hold, and how it is taken out.
+    """The private data of a machine, which no published file may hold; finds it and takes it out.
 
     Args:
         home: home directory of the user.
@@ -49,7 +49,7 @@ class PrivateData:
 
     @classmethod
     def of_this_machine(cls, *public: str) -> Self:
-        """What is private here: home and name of the user, name of the host, the token for the Hub.
+        """Collects what is private here: home and name of the user, name of the host, the token for the Hub.
 
         Args:
             *public: names that everyone sees anyway.
@@ -57,7 +57,7 @@ class PrivateData:
         return cls(str(Path.home()), (getpass.getuser(), socket.gethostname()), get_token(), public)
 
     def remove(self, value: Any) -> Any:
-        """Returns JSON-able data without what is private.
+        """Returns JSON-able data without its private parts.
 
         Paths that lead out of the working directory become their last part; the names and the token are blotted out
         wherever they stand; keys that hold a user, a host or where a model was loaded from are dropped; images that
@@ -107,14 +107,14 @@ class PrivateData:
 
 
 def blot_tokens(text: str) -> str:
-    """Text from elsewhere, such as a server's answer, without what looks like a token, a key or a signature."""
+    """Takes what looks like a token, a key or a signature out of a text, such as a server's answer."""
     text = _TOKEN.sub("(token)", text)
     text = re.sub(r"(?i)\b(bearer|token|password|secret|signature|api[_-]?key)([=: ]+)\S{8,}", r"\1\2(token)", text)
     return re.sub(r"(?=[\w+/=-]*\d)(?=[\w+/=-]*[A-Za-z])[\w+/=-]{32,}", "(token)", text)
 
 
 def check_private(files: Mapping[str, bytes | Path], private: PrivateData) -> None:
-    """Refuses files that hold private data; of weights, names and metadata are read.
+    """Refuses files that hold private data; of weights, only names and metadata are read.
 
     Raises:
         ValueError: naming the file and the kind of data.
@@ -132,7 +132,7 @@ def check_private(files: Mapping[str, bytes | Path], private: PrivateData) -> No
 
 
 def code_files() -> dict[str, Path]:
-    """The files of the model's code that lie beside published weights, by their names there."""
+    """Finds the files of the model's code that lie beside published weights, by their names there."""
     return {name: Path(__file__).parents[1] / name for name in CODE_FILES}
 
 

@@ -1,4 +1,4 @@
-"""What of a run folder is published: the files of a fixed list, whole, finite and without private data, and a card.
+"""Gathers what is published of a run: a card and the files of a fixed list, whole, finite and without private data.
 
     publication = make_publication("runs/digits_k3", "org/digits-k3", private)
     publication.files                                 # path in the repository -> bytes, or the file to read
@@ -45,7 +45,7 @@ _PUBLISHED = re.compile(
 
 @dataclass(frozen=True)
 class Publication:
-    """All that goes up: the files by their paths in the repository, the card among them."""
+    """All files to upload, by their paths in the repository; the card is one of them."""
 
     files: dict[str, bytes | Path]
     card: ModelCard
@@ -85,7 +85,7 @@ def make_publication(
         license: of the weights, if it is not the teacher's.
         teacher_link: the teacher's card, relative to the student's, if it is not on the Hub.
         with_code: whether the model's code goes with the weights.
-        needs_license: whether a licence that is not known is an error; the card says it otherwise.
+        needs_license: whether an unknown licence is an error; otherwise the card says that it is unknown.
 
     Raises:
         FileNotFoundError: the folder of an unfinished run, or one without all files of its model.
@@ -359,7 +359,7 @@ def collect_files(folder: str | Path, private: PrivateData, *, has_code: bool = 
 
 
 def read_config(folder: Path) -> RaptorConfig:
-    """The configuration of a folder.
+    """Reads the configuration of a folder.
 
     Raises:
         FileNotFoundError: there is none.
@@ -377,7 +377,7 @@ def read_config(folder: Path) -> RaptorConfig:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """The settings of a run.
+    """Reads the settings of a run.
 
     Raises:
         FileNotFoundError: there are none.
@@ -415,7 +415,7 @@ def is_hub_dataset(name: str, *, ask_hub: bool = True) -> bool:
 
 
 def license_of(teacher: str, base_model: str | None, *, ask_hub: bool = True) -> dict[str, str]:
-    """The licence in the teacher's card, which the weights made from it come under, as `make_card` takes it.
+    """Finds the licence in the teacher's card, which its students have too, as `make_card` takes it.
 
     Args:
         teacher: folder or name.

@@ -1,4 +1,4 @@
-"""The card of a student, filled from what its run has written: metrics.json, resolved.yaml and the configuration.
+"""Fills the card of a student from what its run has written: metrics.json, resolved.yaml and the configuration.
 
     card = make_card(metrics, settings, config, name="org/raptor", ...)
     card.save("README.md")

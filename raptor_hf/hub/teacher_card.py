@@ -1,4 +1,4 @@
-"""The card of a teacher that train_teacher.py has trained, filled from what its run has written.
+"""Fills the card of a teacher that train_teacher.py has trained, from what its run has written.
 
 card = make_teacher_card(metrics, settings, config, processor, ...)
 card.save("README.md")

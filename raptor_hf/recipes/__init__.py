@@ -1,7 +1,8 @@
-"""What training recipes share around their own loop.
+"""The code that training recipes share around their own loops.
 
-`session`: the folder of a run, taken by one process at a time, resumed and saved. `checkpoint`: crash-safe saving and
-exact resuming. `loop`: learning rate, log lines, guards. `optimizers`: AdamW and Muon. `averaging`: a running average
-of the weights. `run_metrics`: the schema of metrics.json. `files`, `lock`, `fingerprints`: whole files, one writer, the
-same inputs. `settings`: the folder's own.
+`session` takes the folder of a run for one process at a time, resumes and saves. `checkpoint` saves without harm from a
+crash, and resumes exactly. `loop` has the learning rate, log lines and guards. `optimizers` has AdamW and Muon.
+`averaging` keeps a running average of the weights. `run_metrics` is the schema of metrics.json. `files` writes whole
+files, `lock` admits one writer, `fingerprints` tells inputs apart. `settings` keeps a run's settings in its folder.
+`probe_inputs` opens what a probe needs.
 """

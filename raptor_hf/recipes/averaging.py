@@ -1,4 +1,4 @@
-"""A running average of the weights in training, to be evaluated and saved in their place.
+"""Keeps a running average of the weights in training, which is evaluated and saved in their place.
 
     update_average(optimizer, decay, step)             # after each step of the optimizer
     with averaged_weights(optimizer):                  # the model computes with the average

@@ -1,4 +1,4 @@
-"""Exact, crash-safe checkpoints of a training run: safetensors and JSON, nothing else.
+"""Writes and reads exact, crash-safe checkpoints of a training run, in safetensors and JSON alone.
 
 A checkpoint is a folder `step-00001234` with three files:
 
@@ -116,7 +116,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
         Its path for `load_checkpoint`; None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: there are checkpoints and all of them are damaged; starting over is not for us to decide.
+        CheckpointError: there are checkpoints and all of them are damaged; only the user may decide to start over.
     """
     found = _find(Path(folder))
     for _, path in found:
@@ -405,7 +405,7 @@ def restore_rng_state(accelerator: Accelerator, tensors: dict[str, Tensor], info
         info: from `load_checkpoint`.
 
     Returns:
-        Whether it was done. With another number of processes there is nothing exact to do: the generators stay as they
+        Whether it was done. With another number of processes no state is exact: the generators stay as they
         are, and a warning says so.
     """
     if len(info["rng"]) != accelerator.num_processes:
@@ -442,7 +442,7 @@ def save_run(
         accelerator: that prepared model and optimizer.
         model: as prepared.
         optimizer: as prepared.
-        progress: whatever else the loop wants back from `resume_run`, JSON-serialisable; the main process' counts.
+        progress: what else the loop wants back from `resume_run`, JSON-serialisable; the main process writes its own.
         trainable_only: see `model_and_optimizer_tensors`.
         keep: number of checkpoints that stay.
 

@@ -1,4 +1,4 @@
-"""Writing files so that a crash, or a reader at the wrong moment, sees the old content or the new, never a part."""
+"""Writes files so that a crash, or a reader at the wrong moment, sees the old content or the new, never a part."""
 
 import contextlib
 import hashlib
@@ -110,7 +110,7 @@ def move_aside(path: Path) -> Path:
     """Rename a file or folder to the first free one of NAME.replaced-1, NAME.replaced-2, ...; return the new path.
 
     Raises:
-        OSError: it cannot be renamed, as a folder on which a disk is mounted.
+        OSError: it cannot be renamed, such as a folder on which a disk is mounted.
     """
     path = path.resolve()
     number = 1
@@ -147,7 +147,7 @@ def rename_over(temporary: Path, target: Path, replaced: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """fsync a file or folder: a rename may reach the disk before the content does. Windows does not open folders."""
+    """Flush a file or folder to the disk: a rename may reach it before the content. Windows does not open folders."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""What tells one teacher, or one data set, from another: cheap digests of the weights and of a sample of the rows."""
+"""Computes digests that tell one teacher, or one data set, from another: of the weights, and of some of the rows."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ _NUM_ROWS = 64
 
 
 def fingerprint_model(model: nn.Module) -> str:
-    """Digest of all weights and buffers of a model, with their precision; about a second for a gigabyte."""
+    """Compute a digest of all weights and buffers of a model, with their precision; takes a second per gigabyte."""
     return fingerprint_tensors(model.state_dict())[:_LENGTH]
 
 
 def fingerprint_dataset(images: Any) -> str:
-    """Digest of the number of rows and of the content of 64 of them, evenly spread; of a stream, its name alone.
+    """Compute a digest of the number of rows and of 64 of them, evenly spread; of a stream, of its name alone.
 
     Args:
         images: with `dataset`, rows of undecoded images, `streaming` and `title`.

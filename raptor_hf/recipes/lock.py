@@ -1,4 +1,4 @@
-"""One writer per folder: a lock of the operating system, which ends with the process that holds it, however that ends.
+"""Lets one process at a time write into a folder; the lock ends with the process, however that ends.
 
 lock = FolderLock.take("runs/digits_k3")  # ValueError naming the other process, if one writes there
 lock.release()

@@ -5,9 +5,9 @@
 Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; PyTorch's own, from 2.9 on) orthogonalises the
 momentum of each matrix. Here a learning rate is relative: at rate lr a step changes a matrix by lr times the root mean
 square that its entries had at the start. Trained matrices of a Vision Transformer have entries of .1 at width 96 and of
-.012 to .02 at width 384, less than width alone explains, so that a step of one absolute size is a slow one for the
-first and diverges for the second. Tables of gains, shifts and low-rank factors, norms, LayerScales and biases go under
-AdamW, at a fixed fraction of that rate.
+.012 to .02 at width 384, smaller than width alone explains; a step of one absolute size would be slow for the first and
+diverge for the second. AdamW takes the tables of gains, shifts and low-rank factors, the norms, LayerScales and biases,
+at a fixed fraction of that rate.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,8 @@ def make_optimizer(
     weight_decay: float,
     fused: bool = False,
 ) -> torch.optim.Optimizer:
-    """
+    """Makes the optimizer of a model's trainable parameters.
+
     Args:
         name: "adamw", or "muon".
         model: whose parameters that require gradients are trained.
@@ -73,7 +74,7 @@ def make_optimizer(
 
 
 def block_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """The weights of the linear layers of all blocks, as far as they require gradients; no conditioner has any here."""
+    """The weights of the linear layers of all blocks, as far as they require gradients; conditioners have none."""
     blocks = [module for module in model.modules() if isinstance(module, RaptorBlock)]
     linears = [module for block in blocks for module in block.modules() if isinstance(module, nn.Linear)]
     return [linear.weight for linear in linears if linear.weight.requires_grad]
@@ -143,7 +144,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return group | {"params": [matrix], "lr": group["lr"] * factor, "weight_decay": decay}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only for the groups that `__init__` makes.
+        """Takes only the groups that `__init__` makes.
 
         Raises:
             ValueError: any other.
@@ -154,5 +155,5 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def has_fused_adamw(accelerator: Accelerator) -> bool:
-    """Whether AdamW updates all weights in one kernel here; FSDP's sharded tensors it does not take everywhere."""
+    """Whether AdamW updates all weights in one kernel here; it does not take FSDP's sharded tensors everywhere."""
     return accelerator.device.type in ("cpu", "cuda") and accelerator.distributed_type != DistributedType.FSDP

@@ -1,4 +1,4 @@
-"""What a probe starts from: backbone, head, images and their truth, opened and checked together with the settings."""
+"""Opens backbone, head, images and truth of a probe, and checks the settings against them."""
 
 import copy
 import functools
@@ -152,7 +152,7 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
 
 
 def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | None]:
-    """The backbone, and what the head starts from."""
+    """Open the backbone, and what the head starts from."""
     wanted = settings.init_head
     is_file = wanted is not None and (wanted.endswith((".pth", ".pt")) or Path(wanted).is_file())
     if is_file and not Path(wanted).is_file():
@@ -173,7 +173,7 @@ def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | 
 
 
 def open_split(settings: ProbeSettings, split: str) -> ImageSet | DenseSet:
-    """Images with their truth."""
+    """Open images with their truth."""
     sources = {"config_name": settings.dataset_config, "revision": settings.dataset_revision}
     sources |= {"image_column": settings.image_column}
     if settings.task == "image-classification":
@@ -201,7 +201,7 @@ def open_split(settings: ProbeSettings, split: str) -> ImageSet | DenseSet:
 def classes_of(
     settings: ProbeSettings, train_images: ImageSet | DenseSet, test_images: ImageSet | DenseSet, backbone: Backbone
 ) -> tuple[list[str] | None, ImageSet | DenseSet, ImageSet | DenseSet]:
-    """Names of the classes, None for depth; and the training and test images that have a truth, all checked."""
+    """Check the images: return the names of classes, None for depth, and the training and test images with a truth."""
     if settings.task == "depth-estimation":
         return None, train_images, test_images
     if settings.task == "semantic-segmentation":
@@ -216,7 +216,7 @@ def classes_of(
 
 
 def reorder_classes(classifier: nn.Linear, images: ImageSet, backbone: Backbone, settings: ProbeSettings) -> nn.Linear:
-    """The classifier to start from, with its classes in the order of the data set's."""
+    """Return the classifier to start from, with its classes in the data set's order."""
     match = match_classes(images, classifier.out_features, backbone.model.config.id2label)
     if match.classes is None:
         raise ValueError(f"init_head is {settings.init_head!r}, but its classes are not the data set's; {match.reason}")
@@ -228,7 +228,7 @@ def reorder_classes(classifier: nn.Linear, images: ImageSet, backbone: Backbone,
 def image_pipeline(
     settings: ProbeSettings, processor: RaptorImageProcessor, backbone: Backbone
 ) -> tuple[Callable | None, Callable | None, RaptorImageProcessor]:
-    """How images and truth become batches: collate, augmentation, and the processor of augmented images."""
+    """Choose how images and truth become batches: collate, augmentation, and the processor of augmented images."""
     side, patch = settings.image_size, patches_of(backbone)[0]
     interpolation = Resampling[settings.interpolation.upper()]
     cropped = processor

@@ -39,7 +39,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: Any, name: str = "") -> Self:
-        """Checks the types of all fields.
+        """Makes a record of nested dicts, after checking the types of all fields.
 
         Args:
             values: nested dicts and lists, as JSON gives them.
@@ -165,7 +165,7 @@ class Evaluation(Record):
 
 @dataclass(kw_only=True)
 class TeacherName(Record):
-    """Which teacher a student has.
+    """Name and fingerprint of a student's teacher.
 
     Args:
         name: a folder, or the name on the Hub.
@@ -237,7 +237,7 @@ class ProbeRecord(Record):
 
 @dataclass(kw_only=True)
 class RunMetrics(Record):
-    """What the runs of all recipes say.
+    """Fields that the runs of all recipes write.
 
     Args:
         version: of the schema.

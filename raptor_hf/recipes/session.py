@@ -1,4 +1,4 @@
-"""What every training recipe does around its loop: open the Accelerator, claim the folder, resume, save, check, close.
+"""Does what recipes do around their loop: opens the Accelerator, claims the folder, resumes, saves, checks, closes.
 
     with user_errors():
         session = Session("distill", settings)      # Accelerator, precision, tracker
@@ -102,7 +102,7 @@ class Session:
         """Take the folder for this run, alone, and look at what an earlier start left there; a collective operation.
 
         Args:
-            settings: as the folder is to keep them, with what was found out since this session began.
+            settings: as the folder keeps them, including what was found out since this session began.
             needed_bytes: free space that the run will want.
             fingerprints: of what the weights depend on, by name, such as "teacher".
             inputs: folders that the run reads from, which `override` must not move aside.
@@ -343,7 +343,7 @@ def _check_weights(weights: Mapping[str, Tensor], model: nn.Module, title: str) 
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run a recipe from the command line: what the user or the data caused ends in one line, a fault in its stack.
+    """Run a recipe from the command line: an error of user or data ends in one line, a fault of ours in a traceback.
 
     The status is 2 for input that cannot work, 1 for a run that had to stop, and 130 after an interrupt.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run and the settings in it; how settings are declared and parsed is in raptor_settings.
+"""Prepares the folder of a run and keeps its settings there; raptor_settings declares and parses settings.
 
 settings = parse_settings(DistillSettings)  # python distill.py [CONFIG.yaml | NAME] [--flag value ...]
 if accelerator.is_main_process:
