@@ -1,4 +1,4 @@
-"""Running sums that batches and processes add to: what metrics, similarities and dynamics share.
+"""Running sums that batches and processes add to; metrics, similarities and dynamics are built on them.
 
     accumulator = TopKAccuracy()                       # any subclass of Accumulator
     for batch in loader:
@@ -30,7 +30,7 @@ def has_float64(device: torch.device | str) -> bool:
 def in_float64(x: Tensor) -> Tensor:
     """Returns the same values in float64, on the CPU where the device has no float64.
 
-    Gram matrices need it: their eigenvalues are squares, and what float32 rounds off those of a few large directions
+    Gram matrices need it. Their eigenvalues are squares, so the rounding error of float32 on a few large directions
     is as large as the eigenvalues of hundreds of small ones.
     """
     return (x if has_float64(x.device) else x.cpu()).to(torch.float64)

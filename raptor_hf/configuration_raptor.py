@@ -458,7 +458,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def spread_steps(self, num_steps: int) -> tuple[int, ...]:
         """
-        Shares steps among the blocks, at least one each: every further one goes where steps are the longest.
+        Shares steps among the blocks, at least one each; every further one goes where steps are the longest.
 
         Args:
             num_steps (`int`):
@@ -498,8 +498,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def for_segmentation(self) -> "RaptorConfig":
         """
-        A copy whose `id2label` are the segmentation classes, where pipelines look for them; written to a file, the
-        classifier's labels are as they were.
+        Copies the configuration with the segmentation classes as `id2label`, where pipelines look for them; a file
+        written from the copy has the classifier's labels.
 
         Labels that were given at loading, `from_pretrained(folder, num_labels=3, id2label=...)`, are the segmentation
         classes of the model that is loaded with them.
@@ -780,7 +780,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
 
 def teacher_fields(teacher_config: PreTrainedConfig) -> dict[str, Any]:
     """
-    What a teacher's configuration says, as fields of [`RaptorConfig`], those of `FAMILY_FIELDS` all included.
+    Returns a teacher's configuration as fields of [`RaptorConfig`], with all those of `FAMILY_FIELDS`.
 
     Raises:
         ValueError: the teacher is of no family in `TEACHER_FAMILIES`.

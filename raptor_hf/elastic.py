@@ -1,4 +1,4 @@
-"""How deep to run a student: the number of steps for a budget, and when an image may stop early.
+"""Chooses how deep a student runs: the number of steps for a budget, and when an image may stop early.
 
     num_steps = depth_for(model, images, max_macs=1.5e7)            # or min_agreement=0.99
     model(pixel_values, num_steps=num_steps)
@@ -77,8 +77,8 @@ class ExitCalibration:
     """What early exit saves and costs on the images that it was calibrated on.
 
     Args:
-        threshold: of the criterion.
-        mean_steps: per image.
+        threshold: limit of the criterion at which an image stops, as in `ExitRule`.
+        mean_steps: number of steps per image, mean over images.
         agreement: share of the images that are given the same class as without early exit.
     """
 
@@ -95,7 +95,7 @@ def calibrate_exit(
     max_disagreement: float = 0.005,
     num_steps: int | None = None,
 ) -> ExitCalibration:
-    """Finds the threshold of early exit that saves most steps for a wanted loss of agreement, and keeps it in
+    """Finds the threshold of early exit that saves the most steps for a permitted loss of agreement, and keeps it in
     `model.config.exit_thresholds`.
 
     Args:
@@ -103,7 +103,7 @@ def calibrate_exit(
         batches: held-out images, normalised, each (B, C, H, W).
         criterion: one of `raptor_hf.configuration_raptor.EXIT_CRITERIA`.
         max_disagreement: share of the images that may be given another class than without early exit.
-        num_steps: that images take if none stops; None takes L.
+        num_steps: steps of an image that does not stop early; None takes L.
 
     Raises:
         ValueError: the model has no classifier, there are no images, or another argument is out of range.

@@ -1,6 +1,6 @@
-"""Families of Vision Transformers: where the models of each keep what `Teacher` works with, and how it becomes Raptor.
+"""Says for each family of Vision Transformers where its models keep their parts, and how a Raptor takes them over.
 
-Nothing else in the package knows how a foreign model calls its parts. A further family is one more entry of `FAMILIES`.
+Nothing else in the package knows how a foreign model names its parts. A further family is one more entry of `FAMILIES`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -128,7 +128,7 @@ AIMV2_POOLING = {"key_value": ("k_proj", "v_proj"), "proj": ("output_proj",)}
 class Family:
     """Where the models of one `model_type` keep their parts, as paths of submodules of the model without a head.
 
-    What their students are is in `configuration_raptor.TEACHER_FAMILIES`, which tokens come first as well.
+    `configuration_raptor.TEACHER_FAMILIES` says what their students are, and which tokens come first.
 
     An entry is complete when every parameter of the model is of one of its parts: of a layer, the embeddings, a norm or
     the rotary positions, or of what only heads use (`unused`). If students can be made of it, every parameter of a
@@ -141,8 +141,8 @@ class Family:
         pre_norm: a norm between embeddings and layers, which then returns states[0].
         final_norm: the norm after the last layer, None without one. (CLIP itself applies it to cls alone.)
         pooled_norm: a norm of what a classifier reads, after the tokens' mean, where the model has one.
-        heads: what a classifier may be a linear layer on, each a selection of "cls", "registers" and "patches" (their
-            mean); the number of its inputs tells which it is.
+        heads: possible inputs of a linear classifier, each a selection of "cls", "registers" and "patches" (their
+            mean); the number of its inputs tells which it has.
         head_is_normed: whether the classifier comes after the final norm.
         unused: parts that only heads use, which checkpoints without these lack.
         must_interpolate: whether the model takes images of another size only when told to interpolate its positions.
@@ -434,7 +434,7 @@ def block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) 
 
     Args:
         layer: of a model whose family has `block_parts`.
-        parts: these. A LayerScale may be a parameter of the layer, or None where the layer has none.
+        parts: `block_parts` of the family. A LayerScale may be a parameter of the layer, or None where it has none.
 
     Returns:
         Part to modules, in the order in which the part stacks them.
@@ -492,7 +492,7 @@ def embeddings_to_raptor(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def describe_timm(model: PreTrainedModel) -> None:
-    """Writes into the configuration of a timm model's wrapper what others' say of themselves.
+    """Writes into the configuration of a timm model's wrapper the fields that other families' configurations have.
 
     Args:
         model: `TimmWrapperModel` or `TimmWrapperForImageClassification` of a Vision Transformer.
@@ -513,7 +513,7 @@ def describe_timm(model: PreTrainedModel) -> None:
         raise ValueError(f"{title} has blocks of class {type(block).__name__}; supported are Block, with LayerNorm")
     activation = type(block.mlp.act).__name__
     if activation not in TIMM_ACTIVATIONS or has_weights(patches, "norm"):
-        raise ValueError(f"{title} has {activation} in its FFN or a norm of its patches, which students have not")
+        raise ValueError(f"{title} has {activation} in its FFN or a norm of its patches, which no student has")
     width, dim = block.mlp.fc2.in_features, vit.embed_dim
     has_fc_norm, has_cls = has_weights(vit, "fc_norm"), vit.cls_token is not None
     facts = {
@@ -657,7 +657,7 @@ def load_pooling(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def layer_to_raptor(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) -> dict[str, Tensor]:
-    """Returns a layer of a family with these `block_parts` as weights of a RaptorBlock; LayerScale it lacks is one."""
+    """Returns a layer of a family with these `block_parts` as weights of a RaptorBlock; a missing LayerScale is one."""
     weights = {}
     for part, modules in block_modules(layer, parts).items():
         stacked = [dict(module.state_dict()) for module in modules]

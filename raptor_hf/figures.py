@@ -1,4 +1,4 @@
-"""Figures of the paper's analyses, drawn with matplotlib's object-oriented API: no pyplot, no global state."""
+"""Draws the paper's analyses with matplotlib's object-oriented API: no pyplot, no global state."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -177,7 +177,7 @@ def plot_cost(
     unit: tuple[str, float, int],
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draws what models reach against their parameters, with the standard deviation over seeds.
+    """Draws the scores of models against their parameters, with the standard deviation over seeds.
 
     Args:
         records: one per model: name, parameters, and values, name of a metric to its numbers. The first one is the
@@ -210,7 +210,7 @@ def plot_predictions(
     path: str | os.PathLike[str] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Shows images with what they are and what a probe makes of them.
+    """Shows images with their truth and a probe's predictions.
 
     Args:
         task: "image-classification", "semantic-segmentation" or "depth-estimation".

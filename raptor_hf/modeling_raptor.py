@@ -46,7 +46,7 @@ _compile_once = getattr(torch.compiler, "nested_compile_region", lambda function
 
 @dataclass
 class OutputOverDepth:
-    """What the output of a Raptor adds to its kind's in transformers.
+    """Fields that the output of a Raptor adds to those of its class in transformers.
 
     Args:
         depths: with `hidden_states`, the depth that each of them stands for, in layers 0..L, (steps + 1,).
@@ -276,7 +276,7 @@ class RaptorRotaryPositions(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def coordinates(self, count: int, device: torch.device | None) -> torch.Tensor:
-        """Of so many patches side by side: their numbers, or 2 pi times their centres in an image from -1 to 1."""
+        """Places of patches side by side: their numbers, or 2 pi times their centres in an image from -1 to 1."""
         numbers = torch.arange(count, dtype=torch.float32, device=device)
         return numbers if self.by_index else 2 * math.pi * (2 * ((numbers + 0.5) / count) - 1)
 
@@ -289,7 +289,7 @@ def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
 
 
 class StepModulation(NamedTuple):
-    """What a conditioner changes in its block at one step; `None` leaves the tied weights as they are.
+    """Changes that a conditioner makes to its block at one step; `None` leaves the tied weights as they are.
 
     input_shift, attention_gain, ffn_gain, output_gain: (D,), added to the input, multiplied onto branches and output;
         the gains of the branches are scalars where they are the size of the step alone.
@@ -752,7 +752,7 @@ class RaptorBlock(GradientCheckpointingLayer):
 
 
 class ExitRule:
-    """When an image needs no further step, by what its last steps did to its tokens, (B, T, D).
+    """Decides when an image needs no further step, by what its last steps did to its tokens, (B, T, D).
 
     `"step_size"`: the norm of what a step adds, per layer, over the norm of the tokens. `"second_difference"`: the same
     of the difference to what the step before added; twice in a row. `"head_margin"`: how far the probability of the
@@ -760,7 +760,7 @@ class ExitRule:
 
     Args:
         criterion: one of `EXIT_CRITERIA`.
-        threshold: what the first two must be at most, and the margin at least; `None` only measures.
+        threshold: the first two must be at most this, the margin at least; `None` only measures.
         classify: the head, tokens before the final norm to logits, (B, labels); for `"head_margin"`.
 
     Raises:
@@ -787,7 +787,7 @@ class ExitRule:
         self.was_calm: torch.Tensor | None = None
 
     def measure(self, before: torch.Tensor, after: torch.Tensor, size: float) -> torch.Tensor:
-        """What is compared with the threshold after a step over `size` layers, (B,); infinite where not known yet."""
+        """Measures what the threshold is for, after a step over `size` layers, (B,); infinite if not known yet."""
         if self.criterion == "head_margin":
             first, second = self.classify(after).float().softmax(dim=-1).topk(2).values.unbind(dim=-1)
             return first - second
@@ -799,7 +799,7 @@ class ExitRule:
         return change.flatten(1).norm(dim=1) / after.float().flatten(1).norm(dim=1)
 
     def is_settled(self, measured: torch.Tensor) -> torch.Tensor:
-        """Which images need no further step, (B,), by what was measured after this one."""
+        """Tells which images need no further step, (B,), by what was measured after this one."""
         is_calm = measured >= self.threshold if self.criterion == "head_margin" else measured <= self.threshold
         if self.criterion != "second_difference":
             return is_calm
@@ -978,7 +978,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         self, hidden_states: torch.Tensor, image_size: tuple[int, int] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """
-        What every block is given as `positions`; `None` where positions are not rotary.
+        Computes what every block is given as `positions`; `None` where positions are not rotary.
 
         Args:
             hidden_states (`torch.Tensor` of shape `(B, T, D)`):
@@ -1090,7 +1090,7 @@ class RaptorEncoder(RaptorPreTrainedModel):
         image_size: tuple[int, int] | None,
         **kwargs: Any,
     ) -> RaptorEncoderOutput:
-        """The steps of a plan; images that have settled leave the batch, so that the others cost less."""
+        """Runs the steps of a plan; images that have settled leave the batch, so that the others cost less."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             raise ValueError(
                 f"exit_criterion is {rule.criterion!r}, but the model is compiled or exported, where every image takes "

@@ -1,12 +1,12 @@
-"""How good a student's patches are for dense tasks, beside its teacher's, without a label.
+"""Measures how good a student's patches are for dense tasks, compared with its teacher's, without labels.
 
     quality = PatchQualityAccumulator()
     quality.update(teacher, student, shifted_teacher, shifted_student, grid=(16, 16))   # patches after the final norm
     quality.merge(accelerator)
     quality.compute()                                  # cosine, neighbours and both stabilities, in [-1, 1]
 
-R^2 and cosine of a trajectory weigh every direction by its variance. What a dense head reads is rather which patches
-are alike, and that the same piece of a picture looks the same wherever it lies; these numbers measure that.
+R^2 and cosine of a trajectory weigh every direction by its variance. A dense head needs something else: that patches of
+like things are alike, and that a piece of a picture looks the same wherever it lies. These numbers measure that.
 """
 
 from dataclasses import asdict, dataclass

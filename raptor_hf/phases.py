@@ -1,11 +1,11 @@
-"""From distances between layers to phases: which runs of layers one recurrent block can stand for.
+"""Finds phases from the distances between layers: runs of layers that one recurrent block can stand for.
 
     partition = find_phases(distance, num_blocks=3)    # (L, L), from raptor_hf.similarity
     partition.phases                                   # [(0, 7), (7, 10), (10, 12)]
 
 The method is the max-cut of "Block-Recurrent Dynamics in Vision Transformers" (arXiv 2512.19941): layers that resemble
-each other go to one block. Random partitions serve as controls, an online bootstrap over images tells how stable the
-boundaries are.
+each other go to one block. Random partitions serve as controls, and an online bootstrap over images tells how stable
+the boundaries are.
 """
 
 import math
@@ -27,7 +27,7 @@ MAX_BISECTION_LAYERS = 24
 
 @dataclass(frozen=True)
 class Partition:
-    """Which layers each block stands for.
+    """A partition of the layers: those that each block stands for.
 
     Args:
         blocks: the 1-based layers of every block; kept sorted, blocks by their first layer.
@@ -212,7 +212,7 @@ def find_phases(
 
 
 def cheapest_phases(costs: np.ndarray, num_blocks: int, min_size: int = 1) -> Partition:
-    """The contiguous partition whose blocks cost least in sum; exact, by dynamic programming in O(K L^2).
+    """Finds the contiguous partition with the least sum of costs; exact, by dynamic programming in O(K L^2).
 
     Args:
         costs: (L, L), entry [s, e] of layers s + 1..e + 1 as one block, as `raptor_hf.distillation.tied_costs` measures
@@ -234,7 +234,7 @@ def cheapest_phases(costs: np.ndarray, num_blocks: int, min_size: int = 1) -> Pa
 
 
 def phases_cost(costs: np.ndarray, partition: Partition) -> float | None:
-    """What `cheapest_phases` minimises, for any partition; None for one that is not contiguous."""
+    """Returns what `cheapest_phases` minimises, for any partition; None for one that is not contiguous."""
     if not partition.is_contiguous:
         return None
     return float(sum(costs[start, end - 1] for start, end in partition.phases))

@@ -102,7 +102,7 @@ class Backbone:
         model: the Raptor without a head, float32, eval mode, on the CPU.
         classifier: linear layer on [cls, mean patch] that came with it, None if there was none.
         folder: the local folder of a student, into which its heads go; None for a teacher or a student on the Hub.
-        name: what it was loaded by.
+        name: name or folder that it was loaded from.
         revision: commit it is from, if known.
     """
 
@@ -348,7 +348,7 @@ class ProbeMetric:
         self.accumulator.update(predictions, labels)
 
     def compute(self) -> dict[str, Any]:
-        """The metrics; a mean IoU without the numbers of the single classes."""
+        """Returns the metrics; a mean IoU comes without the numbers of single classes."""
         return {name: value for name, value in self.accumulator.compute().items() if name != "per_class_iou"}
 
 

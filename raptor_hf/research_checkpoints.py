@@ -1,4 +1,4 @@
-"""Checkpoints of the method's research code: read without running code from the file, then loaded into a RaptorModel.
+"""Reads checkpoints of the method's research code, without running code of theirs, and loads them into a RaptorModel.
 
     model = load_research_state_dict(read_research_file(path), block_repeats=(7, 3, 2), teacher=teacher)
 

@@ -1,4 +1,4 @@
-"""How alike the layers of a trajectory are: one distance between every two of them, streamed over images.
+"""Measures how alike the layers of a trajectory are: one distance between every two, streamed over images.
 
 accumulator = SimilarityAccumulator(num_layers=12, tokens=teacher.tokens)
 for states in trajectories:                        # (B, L + 1, T, D)

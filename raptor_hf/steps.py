@@ -1,4 +1,4 @@
-"""Address what a model computes at one step, also where one block serves many: record, patch, steer, ablate.
+"""Addresses what a model computes at one step, even where one block serves many: record, patch, steer, ablate.
 
     with record(student, ["step.7.attention", "step.*.ffn"]) as seen:
         student(pixel_values)
@@ -222,9 +222,15 @@ def _visit(
     wanted = {place: _parse(place, None if is_raptor and has_all else len(layers)) for place in actions}
     parts = sorted({part for _, part in wanted.values() if part is not None})
     if parts and not (is_raptor or family.block_parts):
-        raise ValueError(f"at has {parts[0]!r}, and where {backbone.config.model_type!r} layers have it is not known")
+        raise ValueError(
+            f"at has {parts[0]!r}, whose place in the layers of {backbone.config.model_type!r} models is not known; "
+            "take the state after a step, such as 'step.7'"
+        )
     if parts and not has_all:
-        raise ValueError(f"at has {parts[0]!r} of one layer, but a step of this teacher stands for several")
+        raise ValueError(
+            f"at has {parts[0]!r} of one layer, but a step of this teacher stands for several; take the state after a "
+            "step, such as 'step.7', or load the teacher with all layers"
+        )
     # of a teacher of some of a model's layers, the others are no steps
     numbers = None if has_all else {layer: step for step, layer in enumerate(layers, 1)}
     reached, ran, came = 0, False, set()

@@ -1,4 +1,4 @@
-"""Teachers: a Vision Transformer from the Hub or a folder, its trajectory, and the parts of it that a student copies.
+"""Loads a teacher, a Vision Transformer, and gives its trajectory and the parts of it that a student copies.
 
     teacher = load_teacher("facebook/dinov2-with-registers-base", device="cuda")
     states = teacher.trajectory(pixel_values)          # (B, L + 1, T, D)
@@ -6,7 +6,7 @@
     teacher.run_layers(states[:, 3], [4, 5, 5])        # on from any state, by any layers, (B, 4, T, D)
     teacher.block_state_dict(7)                        # layer 7, as the weights of a RaptorBlock
 
-Which models those are, and where they keep their parts, is in `raptor_hf.families`.
+`raptor_hf.families` says which models are supported, and where they keep their parts.
 """
 
 import copy
@@ -475,7 +475,7 @@ class Teacher(nn.Module):
         return {} if path is None else self.model.get_submodule(path).state_dict()
 
     def rotary_state_dict(self) -> dict[str, Tensor]:
-        """What rotary positions have of parameters, under the names of RaptorRotaryPositions."""
+        """The parameters of rotary positions, under the names of RaptorRotaryPositions."""
         path = FAMILIES[self.family].rotary
         if self.family == "raptor":
             return self.model.encoder.rotary.state_dict()
@@ -538,7 +538,7 @@ class Teacher(nn.Module):
 
 
 def untrained(teacher: Teacher, seed: int = 0, with_classifier: bool = False) -> Teacher:
-    """A model of a teacher's shape with weights as before training: what it is compared with.
+    """Makes a model of a teacher's shape with weights as before training, to compare the teacher with.
 
     Args:
         teacher: whose configuration, precision and device are used.

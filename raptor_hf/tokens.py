@@ -1,4 +1,4 @@
-"""Which tokens of a state are the class token, registers and patches: the one place that knows.
+"""Says which tokens of a state are the class token, registers and patches; no other module knows.
 
     tokens = teacher.tokens                            # or TokenLayout(num_registers=4)
     states[:, :, tokens.slices["patches"]]             # (B, L + 1, P, D)

@@ -1,11 +1,11 @@
-"""A student as the vision tower of its teacher's model of images and text, for zero-shot classification and retrieval.
+"""Puts a student into its teacher's model of images and text, for zero-shot classification and retrieval.
 
     clip = AutoModel.from_pretrained("openai/clip-vit-base-patch32")
     student = student_from_teacher(clip, (6, 4, 2))           # then distilled
     model = with_student(clip, student)
     model.get_image_features(pixel_values=pixel_values)       # called as before; the text tower is the teacher's
 
-What is saved is the student, not the pair: `with_student` joins them again in a moment.
+Save the student, not the pair: `with_student` joins them again in a moment.
 """
 
 import copy
@@ -19,11 +19,11 @@ from .modeling_raptor import RaptorForImageClassification, RaptorModel, RaptorMo
 
 
 class StudentTower(nn.Module):
-    """A student called as the vision tower that it stands for.
+    """Wraps a student so that it is called like the vision tower that it replaces.
 
     Args:
         student: without a head.
-        takes_patches: whether that tower takes images as rows of patches, as SigLIP 2's does.
+        takes_patches: whether the vision tower takes images as rows of patches, as SigLIP 2's does.
     """
 
     def __init__(self, student: RaptorModel, takes_patches: bool) -> None:
@@ -41,9 +41,9 @@ class StudentTower(nn.Module):
         """
         Args:
             pixel_values: images, (B, C, H, W), or rows of patches, (B, P, patch * patch * C), channels last.
-            pixel_attention_mask: of the patches, (B, P); they must all be of the images.
+            pixel_attention_mask: which patches are of the image and not padding, (B, P); it must be all of them.
             spatial_shapes: rows and columns of patches of every image, (B, 2); they must be alike.
-            interpolate_pos_encoding: as the tower has it; a student always interpolates.
+            interpolate_pos_encoding: the tower's argument, without effect: a student always interpolates.
 
         Raises:
             ValueError: if images of a batch are of several shapes, or padded.
@@ -87,7 +87,7 @@ def with_student(model: PreTrainedModel, student: RaptorModel | RaptorForImageCl
     if (own.embedding_type, own.hidden_size) != (wanted.model_type, wanted.hidden_size):
         raise ValueError(
             f"student is of a {own.embedding_type!r} model with hidden_size {own.hidden_size}; the tower of model is "
-            f"of {wanted.model_type!r} with {wanted.hidden_size}"
+            f"of {wanted.model_type!r} with {wanted.hidden_size}: make the student from this model"
         )
     pooling = pooling_to_raptor(tower)
     kind = "cls" if pooling is None else pooling[0]
