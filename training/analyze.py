@@ -1,4 +1,4 @@
-"""Depth as time: analyse how the states of one or several models move through their layers, on the same images.
+"""Analyse how the states of one or several models move through their layers, on the same images.
 
     accelerate launch training/analyze.py training/configs/analyze/digits.yaml
     accelerate launch training/analyze.py --model facebook/dinov2-with-registers-base --compare runs/k3 \
@@ -182,7 +182,7 @@ def shares_embeddings(model: Teacher, reference: Teacher) -> bool:
 
 
 class Streams:
-    """What one model's trajectories are streamed into."""
+    """The accumulators that one model's trajectories are streamed into."""
 
     def __init__(self, model: Teacher, is_student: bool, spans: Sequence[tuple[int, int]], settings: AnalyzeSettings):
         self.model = model
@@ -211,7 +211,7 @@ class Streams:
 
 
 class Experiments:
-    """What is done with one model."""
+    """The experiments that one model goes through."""
 
     def __init__(self, model: Teacher, operators: list[SpanOperator], edits: list[LayerEdit], s: AnalyzeSettings):
         layers = range(model.num_layers)
@@ -244,7 +244,7 @@ class Experiments:
 
 
 def fitted(names: Sequence[str]) -> Tensor:
-    """Which images linear models are fitted on, about half of them; their errors are those on the others. (B,)"""
+    """Tells which images linear models are fitted on, (B,), about half of them; the others measure their errors."""
     return torch.tensor([image_key(name, seed=1) < 0.5 for name in names], dtype=torch.bool)
 
 
@@ -269,7 +269,7 @@ class Study:
         self.has_labels = all(knows_labels(images, model) for model in models.values())
 
     def batches(self, title: str, limit: int | None = None) -> Iterator[tuple[Tensor, list[str], Tensor | None]]:
-        """Images, names and the labels that the set has, if any; this process's share."""
+        """Yields this process's share of images, names and labels, if the set has any."""
         loader = eval_loader(
             self.images,
             self.processor,
@@ -289,7 +289,7 @@ class Study:
             accumulator.merge(self.accelerator)
 
     def find_partition(self) -> None:
-        """The phases, given, of a student, or found on the images of the experiments."""
+        """Returns the phases: given, those of a student, or found on the images of the experiments."""
         settings, layers = self.settings, self.reference.num_layers
         self.other_phases: dict[str, Partition] = {}
         student = next((model for model in self.models.values() if model.family == "raptor"), None)
@@ -356,7 +356,7 @@ class Study:
             self.reduce(experiments.accumulators())
 
     def about(self) -> list[str]:
-        """What the first model is, and what is not to be expected of it."""
+        """Says what the first model is, and what not to expect of it."""
         name, model = next(iter(self.models.items()))
         size = check_image_size(self.processor, model.patch_size)
         labels = self.images.has_labels, self.has_labels
@@ -373,7 +373,7 @@ class Study:
         return Sample(vectors, labels, self.images.class_names)
 
     def results(self) -> list[Analysis]:
-        """Everything measured, by model."""
+        """Returns all that was measured, by model."""
         return [self._analysis(name) for name in self.models]
 
     def _analysis(self, name: str) -> Analysis:
@@ -406,7 +406,7 @@ class Study:
         )
 
     def timing(self) -> dict[str, Any]:
-        """What the streamed analysis of all models costs, as shares of their forward passes, on one batch."""
+        """Measures the cost of the streamed analysis on one batch, as shares of the models' forward passes."""
         pixel_values, names, labels = next(iter(self.batches("timing", self.settings.batch_size)))
         fresh = {
             name: Streams(model, name in self.students, self.spans, self.settings)

@@ -206,7 +206,7 @@ class Run:
 
     @functools.cached_property
     def class_match(self) -> ClassMatch:
-        """Which classes of the teacher's classifier the labels of the test images mean."""
+        """Finds which classes of the teacher's classifier the labels of the test images mean."""
         return class_match(self.teacher, self.test_images)
 
     def num_images(self, step: int) -> int:
@@ -217,7 +217,7 @@ class Run:
         return self.settings.stage1_steps if stage == 1 else self.settings.stage2_steps
 
     def train(self, stage: int, loader: functools.partial) -> None:
-        """One stage, from where the run is."""
+        """Trains one stage, from where the run is."""
         settings, accelerator, num_steps = self.settings, self.accelerator, self.num_steps(stage)
         if self.stage < stage:  # a fresh optimizer for the second stage
             self.stage, self.step, self.pending_log, self.first_loss = stage, 0, None, None
@@ -285,7 +285,7 @@ class Run:
         return 1.0 if self.settings.teacher_forcing == "only" else 0.0
 
     def backward(self, stage: int, pixel_values: Tensor, forcing: float) -> dict[str, Tensor]:
-        """Gradients of one batch, in as many parts as they are accumulated over.
+        """Computes the gradients of one batch, in as many parts as they are accumulated over.
 
         Returns:
             The mean losses; for an elastic student also those of each number of steps that was taken.
@@ -372,7 +372,7 @@ class Run:
         logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
     def evaluate(self, processor: Any = None, all_paces: bool = False) -> dict[str, Any]:
-        """Fidelity, agreement and accuracies on the test images; a collective operation.
+        """Measures fidelity, agreement and accuracies on the test images; a collective operation.
 
         Args:
             processor: that makes these images of a further size, on some of them; None for the run's own.
@@ -404,7 +404,7 @@ class Run:
 
 
 def describe_run(run: Run, partition: Partition, seconds: dict[str, float], fidelity: dict[str, Any]) -> dict[str, Any]:
-    """All fields of metrics.json except the fidelity, which learns what other numbers of steps cost."""
+    """Returns all fields of metrics.json except the fidelity, to which it adds the costs of other numbers of steps."""
     settings, teacher, student = run.settings, run.teacher, run.student.base_model.eval()
     size = check_image_size(run.processor, teacher.patch_size)  # of these images, not of the position embeddings
     image = torch.zeros(1, student.config.num_channels, *size, device=run.accelerator.device)
@@ -432,7 +432,7 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float], fide
 
 
 def save_student(run: Run, weights: dict[str, Tensor]) -> None:
-    """The model and its image processor; a folder that has these weights keeps the heads that were added to it."""
+    """Saves the model and its image processor; a folder that has these weights keeps the heads added to it."""
     prefix = "student."
     state = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
     student, folder = run.student.eval(), run.session.folder
@@ -441,7 +441,7 @@ def save_student(run: Run, weights: dict[str, Tensor]) -> None:
 
 
 def save_outputs(run: Run, partition: Partition, metrics: dict[str, Any]) -> None:
-    """metrics.json, with what else the folder knows of these weights, and the figures."""
+    """Writes the figures and metrics.json, with what else the folder knows of these weights."""
     folder = run.session.folder
     if earlier := run.session.read_result():
         metrics = {name: earlier[name] for name in ("probes", "quick_checks") if name in earlier} | metrics

@@ -60,7 +60,7 @@ def main() -> None:
 def open_photographs(
     settings: ExploreSettings, processor: BaseImageProcessor, patch_size: int
 ) -> tuple[list[str], Tensor]:
-    """Titles, and the processed images, (B, 3, H, W)."""
+    """Open the photographs: their titles, and the processed images, (B, 3, H, W)."""
     if settings.image_size is not None:
         side = settings.image_size
         processor.size, processor.crop_size = {"shortest_edge": side}, {"height": side, "width": side}

@@ -84,7 +84,8 @@ def main() -> None:
 
 
 def check_packages(formats: Sequence[str]) -> None:
-    """
+    """Refuse formats that cannot be written here.
+
     Raises:
         ValueError: a format's packages are not installed.
     """
@@ -95,7 +96,7 @@ def check_packages(formats: Sequence[str]) -> None:
 
 
 def load_student(name: str, variant: str | None) -> PreTrainedModel:
-    """The model of a folder, of the class that it was saved as, or of that of a head."""
+    """Load a model, as the class that it was saved as, or as that of a head."""
     source = find_model(name)
     config = RaptorConfig.from_pretrained(source)
     heads = getattr(config, "head_variants", None) or {}
@@ -126,7 +127,7 @@ def open_loaders(settings: ExportSettings, model: PreTrainedModel) -> tuple[list
 
 
 def what_goes_in_and_out(name: str, model: PreTrainedModel) -> dict[str, Any]:
-    """What runs a file elsewhere: the settings of the image processor, and the names of the labels; null without."""
+    """Return what a file needs to run elsewhere: the processor's settings, and the labels' names; null without."""
     try:
         processor = load_image_processor(name).to_dict()
     except FileNotFoundError:
@@ -173,10 +174,10 @@ def write(
 def measure(
     model: PreTrainedModel, teacher: Teacher | None, test: ImageLoader, folder: Path, records: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Run all files on all images; what each agrees on with the student, and with the teacher, goes into its record.
+    """Run all files on all images; its agreement with the student, and with the teacher, goes into its record.
 
     Returns:
-        The number of images, and what the student itself agrees on with the teacher.
+        The number of images, and the agreement of the student itself with the teacher.
     """
     runs = [open_file(folder / record["file"]) for record in records]
     with_student, with_teacher = [Agreement() for _ in runs], [Agreement() for _ in runs]

@@ -134,7 +134,7 @@ class Run:
         return self.accelerator.unwrap_model(self.probe)
 
     def train(self) -> None:
-        """All seeds, from where the run is."""
+        """Train all seeds, from where the run is."""
         self.resume()
         self.cache_features()
         while self.seed_index < len(self.settings.seeds):
@@ -150,7 +150,7 @@ class Run:
                 evaluations.append({"epoch": self.settings.epochs, **self.evaluate()})
 
     def cache_features(self) -> None:
-        """Features of all images, where none changes from epoch to epoch and there is memory for them."""
+        """Compute the features of all images, where no image changes from epoch to epoch and memory is enough."""
         settings, inputs, began = self.settings, self.inputs, time.perf_counter()
         num_cached = 0
         for name, loader, num_images in (
@@ -170,7 +170,7 @@ class Run:
         self.feature_seconds = time.perf_counter() - began
 
     def train_seed(self, seed: int) -> None:
-        """One head, from where it is."""
+        """Train one head, from where it is."""
         settings, accelerator = self.settings, self.accelerator
         log = IntervalLog(
             accelerator,
@@ -246,7 +246,7 @@ class Run:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The metrics on the test images; a collective operation."""
+        """Measure the metrics on the test images; a collective operation."""
         settings, accelerator = self.settings, self.accelerator
         metric = ProbeMetric(
             settings.task,
@@ -308,7 +308,7 @@ class Run:
         logger.info("resumed in seed %d after step %d", self.settings.seeds[self.seed_index], self.step)
 
     def keep_head(self, seed: int) -> None:
-        """The head of a seed that is done, so that a run that stops later still has it."""
+        """Keep the head of a seed that is done, so that a run that stops later still has it."""
         if self.accelerator.is_main_process:
             (self.folder / "heads").mkdir(exist_ok=True)
             state = {name: tensor.detach().cpu() for name, tensor in self.unwrapped.head.state_dict().items()}
@@ -354,7 +354,7 @@ def describe_probe(run: Run) -> dict[str, Any]:
 
 
 def save_outputs(run: Run) -> None:
-    """The head of the first seed and the numbers in the model's folder; then what could still fail."""
+    """Write the head of the first seed and the numbers into the model's folder, then do what could still fail."""
     settings, inputs, probe = run.settings, run.inputs, run.unwrapped
     probe.head.load_state_dict(load_file(run.head_file(settings.seeds[0])))
     probe.to("cpu")
@@ -383,7 +383,7 @@ def save_outputs(run: Run) -> None:
 
 
 def save_backbone(run: Run) -> Path:
-    """A teacher as a Raptor, anew: what an overridden run left in the folder must not be taken for it."""
+    """Save a teacher as a Raptor, anew: what an overridden run left in the folder must not be taken for it."""
     for path in (*run.folder.glob("head-*.safetensors"), *run.folder.glob("model.safetensors.index.*.json")):
         path.unlink()
     (run.folder / METRICS_FILE).unlink(missing_ok=True)
@@ -400,7 +400,7 @@ def save_backbone(run: Run) -> Path:
 
 
 def describe_backbone(inputs: Inputs) -> dict[str, Any]:
-    """metrics.json of a backbone that no distillation made; its cost is that of the size that it is for."""
+    """Return metrics.json of a backbone that was not distilled; its cost is that of images of its own size."""
     backbone = inputs.backbone
     image = torch.zeros(1, backbone.model.config.num_channels, *as_pair(backbone.model.config.image_size))
     return {
@@ -412,7 +412,7 @@ def describe_backbone(inputs: Inputs) -> dict[str, Any]:
 
 
 def quick_checks(run: Run, knn_k: int) -> dict[str, Any]:
-    """k-NN and logistic regression on [cls, mean patch], by scikit-learn."""
+    """Fit k-NN and logistic regression to [cls, mean patch], by scikit-learn."""
     train, test = ((bank.features.numpy(), bank.labels.numpy()) for bank in (run.banks["train"], run.banks["test"]))
     neighbors = KNeighborsClassifier(min(knn_k, len(train[0])), metric="cosine", weights="distance").fit(*train)
     regression = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(*train)
@@ -425,7 +425,7 @@ def quick_checks(run: Run, knn_k: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def draw_predictions(run: Run, path: Path, num_images: int = 6) -> None:
-    """A few test images, what they show and what the head of the first seed says."""
+    """Draw a few test images, with their truth and the prediction of the first seed's head."""
     settings, inputs = run.settings, run.inputs
     batch = next(iter(inputs.test_batches))
     pixel_values, labels = batch["pixel_values"][:num_images], batch["labels"][:num_images]
@@ -442,7 +442,7 @@ def draw_predictions(run: Run, path: Path, num_images: int = 6) -> None:
 
 
 def print_table(record: dict[str, Any], checks: dict[str, Any] | None) -> None:
-    """The metrics over the seeds."""
+    """Print the metrics over the seeds."""
     for name, values in record["last"].items():
         print(f"{name:>16} {statistics.fmean(values):.4f}" + spread(values))
     best = record["best"][record["metric"]]

@@ -142,7 +142,7 @@ def hub_errors(token: str) -> Iterator[None]:
 
 
 def explain(error: Exception) -> str:
-    """What went wrong with the Hub, and what to do."""
+    """Says what went wrong with the Hub, and what to do."""
     again = "the model there is unchanged or whole; give the same command again"
     if not isinstance(error, HTTPError):
         return f"the exchange with the Hub broke off ({type(error).__name__}); {again}"
@@ -197,7 +197,7 @@ def check_hub(api: HfApi, settings: PublishSettings, publication: Publication) -
 
 
 def validate_card(api: HfApi, card: ModelCard) -> None:
-    """Asks the Hub's own validator; ModelCard.validate asks huggingface.co whatever HF_ENDPOINT says in versions 1.
+    """Asks the Hub's own validator; in versions 1, ModelCard.validate ignores HF_ENDPOINT.
 
     Raises:
         ValueError: what is wrong with the card.
@@ -238,7 +238,7 @@ def covers(scopes: dict[str, Any], repo_id: str) -> bool:
 
 
 def stale_files(api: HfApi, repo_id: str, info: huggingface_hub.ModelInfo, publication: Publication) -> list[str]:
-    """Files of an earlier model that go; a repository with anything but a Raptor in it is refused."""
+    """Lists the files of an earlier model, which the upload removes; refuses a repository of anything but a Raptor."""
     there = [sibling.rfilename for sibling in info.siblings or []]
     if "config.json" in there:
         with tempfile.TemporaryDirectory() as folder:

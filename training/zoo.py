@@ -4,8 +4,8 @@
     python training/zoo.py --add runs/digits_k3 --name digits-k3      # copies a run there first, with a card
     python training/zoo.py --refresh                                  # writes the students' cards anew, too
 
-A run of distill.py goes in as publish.py would upload it, without private data, and without code: whoever has this
-repository has that. A run of train_teacher.py goes in the same way. The table stands between two comments in
+A run of distill.py goes in as publish.py would upload it, without private data, and without code, which
+this repository has. A run of train_teacher.py goes in the same way. The table stands between two comments in
 model_cards/README.md, with the command that makes each model below it. Rows of our models come from their metrics.json
 and resolved.yaml; those of the published students, which were not trained here, from training/configs/zoo.yaml and the
 configs that it names.
@@ -275,7 +275,7 @@ def student_row(folder: Path, page_dir: Path) -> Row:
 def _row_of_folder(
     folder: Path, page_dir: Path, metrics: RunMetrics, settings: dict[str, Any], script: str
 ) -> dict[str, str]:
-    """The cells that teachers and students have alike; the command repeats the run with the settings that it left."""
+    """The cells that teachers and students share; the command repeats the run with the settings that it left."""
     data, config = dataset_label(settings["dataset"]), (folder / RESOLVED_FILE).as_posix()
     elsewhere = "" if data == settings["dataset"] else " --dataset PATH"
     training = describe_training(metrics, settings)

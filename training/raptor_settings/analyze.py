@@ -52,7 +52,7 @@ class AnalyzeSettings:
     )
     rank_stride: int = setting(
         10,
-        help="ranks are measured on one of so many images; on GPUs, slow at eigenvalues, 64 is better",
+        help="ranks are measured on one of so many images; take 64 on GPUs, which are slow at eigenvalues",
         group="machine",
         above=0,
     )
@@ -79,7 +79,7 @@ class AnalyzeSettings:
         None, help="single edits of each kind; none takes all", group="phases", above=0
     )
     edits_per_seed: int = setting(
-        5, help="edits of each kind and number above 1, for each seed", group="phases", above=0
+        5, help="edits of several layers at once, of each kind and number, for each seed", group="phases", above=0
     )
     edit_seeds: list[int] = setting([0, 1, 2], help="seeds of the edits", group="run", at_least=0, below=2**32)
     depth_factor: float = setting(
@@ -91,7 +91,7 @@ class AnalyzeSettings:
     )
     time_repeats: int = setting(
         7,
-        help="timings of the analysis against the forward pass; 0 leaves them out",
+        help="how often the analysis is timed against the forward pass; 0 leaves it out",
         group="run",
         at_least=0,
         at_most=10_000,

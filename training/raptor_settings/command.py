@@ -1,4 +1,4 @@
-"""The console command: a recipe in its own processes, as `accelerate launch` starts them.
+"""The console command, which starts a recipe in processes of its own, as `accelerate launch` does.
 
     raptor distill digits_k3 --output_dir runs/mine
 

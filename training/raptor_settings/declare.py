@@ -1,4 +1,4 @@
-"""How a setting is declared, with its help, unit, range and group in one place, and how its value is checked."""
+"""Declares settings, each with its help, unit, range and group in one place, and checks their values."""
 
 import dataclasses
 import math

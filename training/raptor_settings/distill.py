@@ -58,8 +58,8 @@ class DistillSettings(RunSettings):
     )
     partition: Literal["normalized", "cut", "bisection", "fitted", "random_contiguous", "random_fragmented"] = setting(
         "normalized",
-        help="how the phases are found: by distances between states, or where one block fits the layers best; the "
-        "random ones are baselines",
+        help="how the phases are found: the first three use distances between states, fitted finds runs that one block "
+        "fits best, the random ones are baselines",
         group="phases",
     )
     distance: Literal["cosine", "mse", "cka"] = setting(
@@ -121,7 +121,8 @@ class DistillSettings(RunSettings):
     )
     augment: bool = setting(
         False,
-        help="train on random crops of at least a quarter of the image, mirrored or not, the same for both models",
+        help="train on random crops of at least a quarter of the image, half of them mirrored; teacher and student see "
+        "the same ones",
         group="training",
     )
     image_sizes: list[int] | None = setting(
@@ -147,7 +148,9 @@ class DistillSettings(RunSettings):
         0.1, help="share of the last stage's steps that final_image_size gets", group="training", above=0, at_most=1
     )
     optimizer: OptimizerName = setting(
-        "adamw", help="muon is for the blocks' matrices, with AdamW for all others; no FSDP", group="training"
+        "adamw",
+        help="muon updates the blocks' matrices and AdamW all other weights; muon does not go with FSDP",
+        group="training",
     )
     learning_rate: float = setting(
         3e-4,
@@ -167,7 +170,7 @@ class DistillSettings(RunSettings):
     )
     ema_decay: float = setting(
         0.0,
-        help="decay in each step of a running average of the weights, which is evaluated and saved; 0 for the weights",
+        help="decay in each step of a running average of the weights, which is evaluated and saved; 0 keeps none",
         group="training",
         at_least=0,
         below=1,
@@ -180,11 +183,11 @@ class DistillSettings(RunSettings):
         group="training",
     )
     anneal_fraction: float = setting(
-        0.25, help="part of stage 1 after which no teacher state is used, with anneal", group="training"
+        0.25, help="with anneal, share of stage 1 over which the weight of teacher forcing falls to 0", group="training"
     )
     teacher_forcing_floor: float = setting(
         0.0,
-        help="weight of teacher forcing that anneal goes down to",
+        help="with anneal, weight that teacher forcing does not fall below",
         group="training",
         at_least=0,
         at_most=1,
@@ -217,21 +220,21 @@ class DistillSettings(RunSettings):
     )
     horizon: int | None = setting(
         None,
-        help="steps of stage 2 from a teacher state before the next one; none runs through all layers",
+        help="steps after which stage 2 starts again from the teacher's state; none runs through all layers",
         group="training",
         unit="steps",
         above=0,
     )
     input_noise: float = setting(
         0.0,
-        help="standard deviation of the noise on the states that a step starts from, relative to theirs",
+        help="standard deviation of noise on the states that blocks start from, relative to their root mean square",
         group="training",
         at_least=0,
     )
     elastic: list[int] | None = setting(
         None,
-        help="numbers of steps through the whole depth that the student also learns, drawn for each of the "
-        "gradient_accumulation_steps parts of a batch of stage 2; none trains one step per layer",
+        help="numbers of steps in which the student also learns to run through the whole depth; each of the "
+        "gradient_accumulation_steps parts of a batch of stage 2 draws one; none trains one step per layer only",
         group="training",
         unit="steps",
         at_least=1,
@@ -239,20 +242,21 @@ class DistillSettings(RunSettings):
     )
     elastic_share: float = setting(
         0.6,
-        help="share of these parts that take a number of steps from elastic",
+        help="share of the parts that take a number of steps from elastic; the others take one step per layer",
         group="training",
         at_least=0,
         at_most=1,
     )
     elastic_distribution: Literal["uniform", "near"] = setting(
         "uniform",
-        help="how often a number of elastic is drawn: all alike, or those near one step per layer more often, in "
-        "proportion to the smaller over the larger",
+        help="how often a number n of elastic is drawn: uniform draws all equally often, near in proportion to "
+        "min(n, L) / max(n, L), where L is one step per layer",
         group="training",
     )
     elastic_targets: Literal["interpolated", "nearest"] = setting(
         "interpolated",
-        help="what a step that ends between two layers of the teacher should give: their mixture or the nearer one",
+        help="target of a step that ends between two layers of the teacher: a mixture of both layers' states, or the "
+        "state of the nearer layer",
         group="training",
     )
     train_block: int | None = setting(
@@ -267,8 +271,8 @@ class DistillSettings(RunSettings):
     gradient_checkpointing: bool = setting(False, help="save memory by computing activations twice", group="machine")
     trajectory_cache_gb: float = setting(
         0.0,
-        help="memory of each process, or room in trajectory_cache_dir, for trajectories of images that come again, "
-        "which the teacher then need not run on, in bf16 if the arithmetic is; 0 for none",
+        help="memory of each process, or room in trajectory_cache_dir, that keeps the teacher's trajectories of images "
+        "that come again, in bf16 if the arithmetic is; 0 keeps none",
         group="machine",
         unit="GB",
         at_least=0,
@@ -293,8 +297,8 @@ class DistillSettings(RunSettings):
     )
     eval_sizes: list[int] | None = setting(
         None,
-        help="further shorter sides of test images, of which up to 128 are measured at the end; none takes twice the "
-        "image processor's and those of the training",
+        help="further shorter sides, at each of which up to 128 test images are measured at the end; none takes twice "
+        "the image processor's and those of the training",
         group="run",
         unit="pixels",
         above=0,
@@ -347,7 +351,7 @@ class DistillSettings(RunSettings):
             self._check_elastic()
 
     def _check_elastic(self) -> None:
-        """Other numbers of steps need contiguous phases, all of them, and a stage that runs through the whole depth."""
+        """Refuses settings without contiguous phases, or without a stage 2 through the whole depth."""
         num_blocks = self.num_blocks or len(self.block_repeats)
         if min(self.elastic, default=0) < num_blocks:
             raise ValueError(

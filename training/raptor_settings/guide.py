@@ -1,4 +1,4 @@
-"""The tables of settings in training/README.md, written from the help where each setting is declared.
+"""Writes the tables of settings in training/README.md from the help of each setting.
 
 python -m training.raptor_settings.guide    # writes them anew, in seconds; for clones
 """

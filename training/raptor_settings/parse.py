@@ -1,4 +1,4 @@
-"""From `[CONFIG.yaml | NAME] [--flag value ...]` to a checked settings dataclass, and the page of `--help`.
+"""Turns `[CONFIG.yaml | NAME] [--flag value ...]` into a checked settings dataclass, and makes the page of `--help`.
 
     settings = parse_settings(DistillSettings)
 

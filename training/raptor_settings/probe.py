@@ -49,7 +49,7 @@ class ProbeSettings(RunSettings):
     model_revision: str | None = setting(None, help="branch, tag or commit of the model", group="teacher")
     num_layers: int | None = setting(
         None,
-        help="first layers of a teacher that are kept, a compression baseline; none keeps all",
+        help="number of first layers of a teacher that are kept, a compression baseline; none keeps all",
         group="teacher",
         above=0,
     )
@@ -134,7 +134,7 @@ class ProbeSettings(RunSettings):
         above=0,
     )
     test_depth_unit: float | None = setting(
-        None, help="the same of test_split; none takes depth_unit", group="images", unit="metres", above=0
+        None, help="depth_unit of test_split; none takes depth_unit", group="images", unit="metres", above=0
     )
     num_depth_bins: int = setting(256, help="bins of the depth head", group="student", above=0, at_most=65_536)
     min_depth: float = setting(1e-3, help="smallest depth of the head", group="student", unit="metres", above=0)
@@ -184,11 +184,11 @@ class ProbeSettings(RunSettings):
         None, help="norm that gradients are clipped to; 0 clips none" + _PUBLISHED, group="training", at_least=0
     )
     last_batch: Literal["drop", "keep"] | None = setting(
-        None, help="what becomes of the last batch of an epoch where it is not full" + _PUBLISHED, group="training"
+        None, help="whether a last batch of an epoch that is not full is dropped or kept" + _PUBLISHED, group="training"
     )
     loss_stride: int = setting(
         1,
-        help="pixels from one of a mask that the loss counts to the next, both ways; 1 is published, larger is faster",
+        help="the loss counts every so many-th pixel of a mask in both directions; 1 is published, more is faster",
         group="training",
         unit="pixels",
         at_least=1,
@@ -207,7 +207,7 @@ class ProbeSettings(RunSettings):
         4.0, help="size up to which features are kept in memory", group="machine", unit="GB", at_least=0
     )
     seeds: list[int] | None = setting(
-        None, help="seeds of the heads, of which one is trained each; none takes 0", group="run", below=2**32
+        None, help="seeds, for each of which a head is trained; none takes 0", group="run", below=2**32
     )
     eval_batch_size: int = setting(
         64,

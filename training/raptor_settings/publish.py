@@ -49,5 +49,5 @@ class PublishSettings:
 
 
 def with_folder_first(argv: list[str]) -> list[str]:
-    """The arguments with RUN_FOLDER, which comes first, as a flag like all others."""
+    """Turns RUN_FOLDER, the first argument, into a flag like all others."""
     return ["--run_folder", *argv] if argv and not argv[0].startswith("-") else list(argv)

@@ -1,6 +1,6 @@
-"""Where shipped files are: configurations by name, models of the zoo, card templates; in a clone and when installed.
+"""Finds shipped files, in a clone and when installed: configurations by name, models of the zoo, card templates.
 
-The first use of a name is from where the user is; what is not there is looked for in the package.
+A name is looked for where the user is, and then in the package.
 """
 
 import difflib
@@ -29,7 +29,7 @@ def shipped_configs(kind: str) -> dict[str, Path]:
 
 
 def find_config(name: str, kind: str | None) -> Path:
-    """The configuration file of a path or, for a shipped one, of a name such as "digits_k3".
+    """Finds the configuration file of a path or, for a shipped one, of a name such as "digits_k3".
 
     Args:
         name: path from the working directory; else the name, or the path in a clone, of a shipped configuration.
@@ -60,7 +60,7 @@ def find_path(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def find_model(name_or_path: str | os.PathLike[str]) -> str:
-    """Where a model is loaded from: a folder, one of the package's if there is none here, or a name on the Hub.
+    """Finds where a model is loaded from: a folder, one of the package's if there is none here, or a name on the Hub.
 
     Args:
         name_or_path: as the user gave it.

@@ -20,7 +20,7 @@ class RunSettings:
     keep_checkpoints: int = setting(2, help="checkpoints that are kept", group="run", above=0)
     max_nonfinite_steps: int = setting(
         0,
-        help="steps without finite loss and gradients that are skipped before the run stops",
+        help="steps in a row that are skipped because loss or gradients are not finite, before the run stops",
         group="run",
         unit="steps",
         at_least=0,

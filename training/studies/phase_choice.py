@@ -1,12 +1,12 @@
-"""Which search for phases predicts a student's fidelity: partitions of one teacher, each distilled for as many steps.
+"""Compare searches for phases by the students that they give, each distilled for the same number of steps.
 
     python -m training.studies.phase_choice training/results/phase_choice/digits --name "digits, 96 wide" \
         --run "training/configs/distill/digits_k3.yaml --stage2_steps 200"
 
-`--run` are arguments of training/distill.py, with num_blocks. The partitions are those of all searches, and random
-contiguous ones; each is judged by what the searches minimise, by distances between states (`normalized`) and by what
-tying costs (`fitted`), and then trained. Gives results.json, table.md and figure.png in the folder. A run whose folder
-has its numbers is not repeated.
+`--run` gives the arguments of training/distill.py, with num_blocks. The study takes the partitions that all searches
+find, and random contiguous ones. For each it computes what two searches minimise, distances between states
+(`normalized`) and the costs of tying (`fitted`); then it trains a student, which shows which of them predicts fidelity.
+Writes results.json, table.md and figure.png into the folder. A run whose folder has its numbers is not repeated.
 """
 
 import argparse

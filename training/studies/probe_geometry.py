@@ -1,11 +1,11 @@
-"""What depends on whose crops, filters and colours a probe is trained with: Pillow's, or those of tensors.
+"""Measure how the crops, filters and colours of Pillow, which probes use, differ from those of tensors.
 
     python -m training.studies.probe_geometry
 
 torchvision takes PIL images or tensors, and does not give the same pixels for both. The probes follow what it does
-with PIL images (raptor_hf/data/transforms.py). Here the same crop of one drawn picture, resized and jittered, stands
-beside a few lines of PyTorch that do what torchvision does with tensors; torchvision itself is not needed.
-Gives training/results/probe_geometry in seconds.
+with PIL images (raptor_hf/data/transforms.py). This study crops, resizes and jitters one drawn picture with them, and
+with a few lines of PyTorch that do what torchvision does with tensors; torchvision itself is not needed.
+Writes training/results/probe_geometry in seconds.
 """
 
 import colorsys
