@@ -36,8 +36,7 @@ def reference_states(model: RaptorModel, images: Tensor, plan: list[tuple[int, f
 
 def reference_step(tokens: Tensor, weights: Tensors, depth: float, layers: tuple[int, ...], config) -> Tensor:
     """One step of the minimal block; what a conditioning tabulates by layer is added to its weights."""
-    is_scaled = config.depth_conditioning == "scale"
-    block = Block(config.hidden_size, config.num_attention_heads, config.intermediate_size, config.ffn_type, is_scaled)
+    block = Block(config.hidden_size, config.num_attention_heads, config.intermediate_size, config.ffn_type)
     for norm in (block.norm1, block.norm2):
         norm.eps = config.block_layer_norm_eps
     own = {theirs: weights[ours] for theirs, ours in BLOCK_NAMES.items() if ours in weights}
@@ -45,9 +44,10 @@ def reference_step(tokens: Tensor, weights: Tensors, depth: float, layers: tuple
     conditioner = {
         name.removeprefix("conditioner."): w for name, w in weights.items() if name.startswith("conditioner")
     }
-    if is_scaled:
+    if config.depth_conditioning == "scale":
         own |= {theirs: conditioner[ours] for theirs, ours in CONDITIONER_NAMES.items()}
     else:
+        own |= {name: tokens.new_zeros(block.get_parameter(name).shape) for name in CONDITIONER_NAMES}  # scales of 1
         table = _table(conditioner, depth, layers, config.depth_conditioning)
         tokens = tokens + table.pop("depth_embeddings", 0)
         for index in (1, 2):
