@@ -152,6 +152,7 @@ def main(num_blocks: int = 3, stage1_steps: int = 120, stage2_steps: int = 240) 
     config, num_registers = teacher.config, teacher.config.num_register_tokens
 
     phases = find_phases(layer_distance(states, num_registers), num_blocks)
+    print("phases:", ", ".join(f"layers {layers[0]}-{layers[-1]}" for layers in phases))
     sizes = config.hidden_size, config.num_attention_heads, config.mlp_ratio * config.hidden_size
     blocks = nn.ModuleList(Block(*sizes) for _ in phases)
     for block, layers in zip(blocks, phases, strict=True):
@@ -159,7 +160,7 @@ def main(num_blocks: int = 3, stage1_steps: int = 120, stage2_steps: int = 240) 
         for batch, done in batches(states, optimizer, stage1_steps):
             forcing = max(0.0, 1 - 4 * done)  # lambda falls from 1 to 0 over a quarter of the steps
             loss = take_step(stage1_loss(block, layers, batch, forcing, num_registers), block, optimizer)
-        print(f"stage 1, phase of layers {layers[0]}-{layers[-1]}: loss {loss:.3f}")
+        print(f"stage 1, layers {layers[0]}-{layers[-1]}: loss {loss:.3f}")
     optimizer = make_optimizer(blocks)
     for batch, _ in batches(states, optimizer, stage2_steps):
         loss = take_step(stage2_loss(blocks, phases, batch, num_registers), blocks, optimizer)
