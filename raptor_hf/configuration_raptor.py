@@ -417,7 +417,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         self, num_steps: int | None = None, block_repeats: tuple[int, ...] | list[int] | None = None
     ) -> tuple[tuple[int, float], ...]:
         """
-        Which block runs at every step, and the depth index that it is told.
+        Returns the block that runs at every step, and the depth index that it is told.
 
         Args:
             num_steps (`int`, *optional*):

@@ -84,7 +84,7 @@ def student_from_teacher(
             weights from fitting.
     """
     if init not in get_args(BlockInit):
-        raise ValueError(f"init={init!r} must be one of {', '.join(get_args(BlockInit))}")
+        raise ValueError(f"init is {init!r}; it must be one of {', '.join(get_args(BlockInit))}")
     if not isinstance(teacher, Teacher):
         # a Teacher freezes its model; the caller's must stay as it is
         teacher = Teacher(copy.deepcopy(teacher))
@@ -171,7 +171,7 @@ def to_dinov2(
     """
     if student.config.embedding_type not in DINOV2:
         raise ValueError(
-            f"embedding_type={student.config.embedding_type!r} cannot become DINOv2; the student's must be one of "
+            f"embedding_type is {student.config.embedding_type!r}; to become DINOv2, the student's must be one of "
             f"{', '.join(DINOV2)}. to_plain makes a model of its own family"
         )
     return to_plain(student, num_steps, block_repeats)

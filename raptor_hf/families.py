@@ -434,7 +434,7 @@ def block_modules(layer: nn.Module, parts: Mapping[str, list[tuple[str, ...]]]) 
 
     Args:
         layer: of a model whose family has `block_parts`.
-        parts: `block_parts` of the family. A LayerScale may be a parameter of the layer, or None where it has none.
+        parts: of the family's `block_parts`. A LayerScale may be a parameter of the layer, or None where it has none.
 
     Returns:
         Part to modules, in the order in which the part stacks them.

@@ -46,9 +46,11 @@ class Partition:
         blocks = tuple(sorted(tuple(sorted(map(operator.index, block))) for block in self.blocks))
         layers = sorted(layer for block in blocks for layer in block)
         if not layers or not all(blocks) or layers != list(range(1, len(layers) + 1)):
-            raise ValueError(f"blocks={self.blocks} must hold every layer of 1..L exactly once and no empty block")
+            raise ValueError(
+                f"blocks is {self.blocks}; it must hold every layer of 1..L exactly once and no empty block"
+            )
         if self.objective is not None and not math.isfinite(self.objective):
-            raise ValueError(f"objective={self.objective} must be finite, or None if nothing was minimised")
+            raise ValueError(f"objective is {self.objective}; it must be finite, or None if nothing was minimised")
         object.__setattr__(self, "blocks", blocks)
 
     @classmethod
@@ -68,7 +70,7 @@ class Partition:
         """
         ends = [0, *boundaries, num_layers]
         if any(start >= end for start, end in pairwise(ends)):
-            raise ValueError(f"boundaries={list(boundaries)} must increase within 1..{num_layers - 1}")
+            raise ValueError(f"boundaries is {list(boundaries)}; it must increase within 1..{num_layers - 1}")
         return cls(tuple(tuple(range(start + 1, end + 1)) for start, end in pairwise(ends)), method, objective)
 
     @property
@@ -340,7 +342,7 @@ def random_fragmented(num_layers: int, num_blocks: int, seed: int | np.random.Ge
         ValueError: unless 1 < num_blocks < num_layers; else every partition is contiguous.
     """
     if not 1 < num_blocks < num_layers:
-        raise ValueError(f"num_blocks={num_blocks} must be in 2..{num_layers - 1} for a fragmented partition")
+        raise ValueError(f"num_blocks is {num_blocks}; it must be in 2..{num_layers - 1} for a fragmented partition")
     generator = np.random.default_rng(seed)
     sizes = random_contiguous(num_layers, num_blocks, generator).block_repeats
     while True:

@@ -97,7 +97,9 @@ def read_research_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return dict(_tensors(content))
     if isinstance(content, Mapping) and all(isinstance(tensor, Tensor) for tensor in content.values()):
         return dict(content)
-    raise ValueError(f"path={str(path)!r} holds a {type(content).__name__}; it must hold a state dict or a module")
+    raise ValueError(
+        f"path is {str(path)!r}, which holds a {type(content).__name__}; it must hold a state dict or a module"
+    )
 
 
 def load_research_state_dict(

@@ -177,10 +177,10 @@ def _unbiased_hsic(summaries: torch.Tensor) -> torch.Tensor:
 def check_at_least(name: str, value: int, least: int) -> None:
     """Refuses an argument below its least value."""
     if value < least:
-        raise ValueError(f"{name}={value} must be at least {least}")
+        raise ValueError(f"{name} is {value}; it must be at least {least}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuses an argument that is none of its choices."""
     if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

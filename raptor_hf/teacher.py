@@ -151,7 +151,9 @@ class Teacher(nn.Module):
         depth = self.model.config.num_hidden_layers
         self.layers = tuple(range(1, depth + 1) if layers is None else layers)
         if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(1, depth + 1)}):
-            raise ValueError(f"layers={self.layers} must be layers of the model in 1..{depth}, ascending, each once")
+            raise ValueError(
+                f"layers is {self.layers}; it must be layers of the model in 1..{depth}, ascending, each once"
+            )
         own = self.model.config
         names = ("image_size", "pooling_type", *FAMILY_FIELDS)
         self.facts = {n: getattr(own, n) for n in names} if self.family == "raptor" else teacher_fields(own)
@@ -322,7 +324,7 @@ class Teacher(nn.Module):
         """
         for layer in layers:
             if not 1 <= layer <= self.num_layers:
-                raise IndexError(f"layers={list(layers)} has {layer}, but every layer must be in 1..{self.num_layers}")
+                raise IndexError(f"layers is {list(layers)}; each must be in 1..{self.num_layers}, and {layer} is not")
         calls = self._layer_calls(state, image_size)
         states = [state]
         for layer in layers:
@@ -530,10 +532,13 @@ class Teacher(nn.Module):
         """
         depth = self.model.config.num_hidden_layers
         if not 1 <= layer <= depth:
-            raise IndexError(f"layer={layer} must be in 1..{depth}")
+            raise IndexError(f"layer is {layer}; it must be in 1..{depth}")
         family = FAMILIES[self.family]
         if not family.block_parts:
-            raise ValueError(f"the layers of a {self.family!r} model cannot be copied into a RaptorBlock")
+            raise ValueError(
+                f"the layers of a {self.family!r} model cannot be copied into a RaptorBlock; take a model of one of "
+                + ", ".join(name for name, other in FAMILIES.items() if other.block_parts)
+            )
         return layer_to_raptor(self.model.get_submodule(family.layers)[layer - 1], family.block_parts)
 
 

@@ -188,7 +188,7 @@ def test_student_of_a_half_precision_teacher_is_float32_and_can_train():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"init": "last"}, "init='last' must be one of random, first, middle, mean"),
+        ({"init": "last"}, "init is 'last'; it must be one of random, first, middle, mean"),
         ({"block_repeats": (3, 2)}, "sums to 5"),
         ({"hidden_size": 48}, "hidden_size=48 does not fit the teacher's weights, which need 24"),
         ({"num_register_tokens": 3}, "num_register_tokens=3"),

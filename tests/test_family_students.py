@@ -272,7 +272,7 @@ def test_a_segmentation_head_is_no_classifier_of_the_student_without_cls():
 
 def test_only_students_of_dinov2_become_dinov2():
     student = student_from_teacher(tiny_vit("vit"), (3, 1))
-    with pytest.raises(ValueError, match="embedding_type='vit' cannot become DINOv2"):
+    with pytest.raises(ValueError, match="embedding_type is 'vit'; to become DINOv2"):
         to_dinov2(student)
     head = {"weight": torch.zeros(3, 2 * DIM), "bias": torch.zeros(3)}
     siglip = student_from_teacher(tiny_vit("siglip_vision_model", num_labels=3), (3, 1))

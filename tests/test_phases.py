@@ -189,10 +189,10 @@ def test_bisection_says_when_its_clusters_cannot_be_split_further(official):
     ("arguments", "message"),
     [
         ({"num_blocks": 13}, r"num_blocks=13 .*num_blocks <= 12 works"),
-        ({"num_blocks": 0}, "num_blocks=0 must be at least 1"),
+        ({"num_blocks": 0}, "num_blocks is 0; it must be at least 1"),
         ({"num_blocks": 5, "min_size": 3}, r"num_blocks=5 with min_size=3 needs 15 layers.*num_blocks <= 4 works"),
-        ({"num_blocks": 3, "min_size": 0}, "min_size=0 must be at least 1"),
-        ({"num_blocks": 3, "method": "spectral"}, "method='spectral' must be one of normalized, cut, bisection"),
+        ({"num_blocks": 3, "min_size": 0}, "min_size is 0; it must be at least 1"),
+        ({"num_blocks": 3, "method": "spectral"}, "method is 'spectral'; it must be one of normalized, cut, bisection"),
         ({}, "num_blocks=None, eps=None: give one"),
         ({"num_blocks": 3, "method": "bisection", "eps": 0.1}, "num_blocks=3, eps=0.1: give one"),
         ({"method": "bisection", "eps": -0.1}, "eps=-0.1 needs"),
@@ -361,5 +361,5 @@ def test_phases_of_25_layers_are_compared_without_bisection():
 
 
 def test_only_a_partition_that_was_searched_has_others(official):
-    with pytest.raises(ValueError, match=r"partition.method='manual' must be one of"):
+    with pytest.raises(ValueError, match=r"partition.method is 'manual'; it must be one of"):
         other_phases(official, Partition.from_boundaries([7, 10], 12))

@@ -163,7 +163,7 @@ def test_the_accumulator_refuses_what_it_cannot_use():
         accumulate("cka", random_states(1).expand(8, -1, -1, -1)).compute()
     with pytest.raises(ValueError, match="NaN or infinite"):
         accumulate("mse", random_states(2) * torch.nan).compute()
-    with pytest.raises(ValueError, match="kind='l2' must be one of cosine, mse, cka"):
+    with pytest.raises(ValueError, match="kind is 'l2'; it must be one of cosine, mse, cka"):
         SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="l2")
     with pytest.raises(ValueError, match="num_bootstraps is 5; it must be 0 for kind='cka'"):
         SimilarityAccumulator(NUM_LAYERS, TOKENS, kind="cka", num_bootstraps=5)

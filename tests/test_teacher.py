@@ -138,7 +138,7 @@ def test_layers_run_in_the_order_asked_for():
     twice = teacher.run_layers(once, [1])[:, 1]
     assert torch.equal(teacher.run_layers(state, [3, 1]), torch.stack([state, once, twice], 1))
     assert not torch.equal(teacher.run_layers(state, [1, 3])[:, 2], twice)
-    with pytest.raises(IndexError, match=r"layers=\[1, 5\] has 5, but every layer must be in 1..4"):
+    with pytest.raises(IndexError, match=r"layers is \[1, 5\]; each must be in 1..4, and 5 is not"):
         teacher.run_layers(state, [1, 5])
 
 
@@ -212,7 +212,7 @@ def test_block_weights_do_not_depend_on_the_names_of_the_transformers_version():
 def test_layer_numbers_start_at_1():
     teacher = Teacher(tiny_dinov2())
     for layer in (0, NUM_LAYERS + 1, -1):
-        with pytest.raises(IndexError, match=f"layer={layer} must be in 1..4"):
+        with pytest.raises(IndexError, match=f"layer is {layer}; it must be in 1..4"):
             teacher.block_state_dict(layer)
 
 

@@ -108,9 +108,9 @@ def main() -> None:
 def check_output(folder: Path) -> None:
     """Refuses a folder that holds anything but a former report."""
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output_dir={str(folder)!r} is no folder")
+        raise ValueError(f"output_dir is {str(folder)!r}; it must be a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "numbers.json").exists():
-        raise ValueError(f"output_dir={str(folder)!r} holds other files and no report; choose another folder")
+        raise ValueError(f"output_dir is {str(folder)!r}, which holds other files and no report; choose another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
 
 

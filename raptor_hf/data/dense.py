@@ -7,7 +7,7 @@
     images.check()
 
 As in `images`, a file stays undecoded until it is read, and a damaged one costs one image. In training so does a wrong
-truth, such as a label that is no class; in an evaluation it is an error. `check` finds these before any work starts.
+truth, such as a label that is no class; in an evaluation it is an error. `check` looks for them before any work starts.
 """
 
 import itertools
@@ -173,7 +173,7 @@ class DenseSet:
                 or no valid depth, naming the image and the value; or if no image of the sample can be read.
         """
         if limit < 1:
-            raise ValueError(f"limit={limit} must be positive")
+            raise ValueError(f"limit is {limit}; it must be positive")
         num_read, unreadable = 0, None
         for row, index in self._sample(limit):
             try:
@@ -324,14 +324,14 @@ def open_dense(
 def _check_options(task: str, **options: float | None) -> None:
     of_task = {"semantic-segmentation": ("num_classes", "ignore_label"), "depth-estimation": ("depth_unit",)}
     if task not in of_task:
-        raise ValueError(f"task={task!r} must be one of {list(of_task)}")
+        raise ValueError(f"task is {task!r}; it must be one of {list(of_task)}")
     for name, value in options.items():
         if value is not None and name not in of_task[task]:
             raise ValueError(f"{name}={value} means nothing for task={task!r}; leave it out")
     if (unit := options["depth_unit"]) is not None and not 0 < unit < float("inf"):
-        raise ValueError(f"depth_unit={unit} must be a positive number of metres")
+        raise ValueError(f"depth_unit is {unit}; it must be a positive number of metres")
     if (count := options["num_classes"]) is not None and not 1 <= count <= IGNORE_INDEX:
-        raise ValueError(f"num_classes={count} must be between 1 and {IGNORE_INDEX}, which stands for no class")
+        raise ValueError(f"num_classes is {count}; it must be between 1 and {IGNORE_INDEX}, which stands for no class")
 
 
 def _check_splits(dataset: str, split: str, there: Collection[str]) -> None:

@@ -409,7 +409,7 @@ def augment(
             f"pixel_values must be (B, C, H, W) floating point, not {tuple(pixel_values.shape)} {pixel_values.dtype}"
         )
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale={scale} must be (smallest, largest) with 0 < smallest <= largest")
+        raise ValueError(f"scale is {scale}; it must be (smallest, largest) with 0 < smallest <= largest")
     batch, _, height, width = pixel_values.shape
     draws = torch.rand(5, batch, generator=generator, device=generator.device).to(pixel_values.device)
     angle = math.radians(rotation_degrees) * (2 * draws[0] - 1)

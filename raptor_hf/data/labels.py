@@ -45,7 +45,9 @@ def name_classes(*image_sets: ImageSet) -> list[str]:
     first = image_sets[0]
     for other in image_sets[1:]:
         if None not in (first.class_names, other.class_names) and first.class_names != other.class_names:
-            raise ValueError(f"the classes of {first.title} and {other.title} differ, or their order does")
+            raise ValueError(
+                f"the classes of {first.title} and {other.title} differ, or their order; take splits of one data set"
+            )
     if first.class_names is not None:
         return list(first.class_names)
     found = np.unique(np.concatenate([images.labels() for images in image_sets]))

@@ -81,7 +81,7 @@ class FailureLimit:
 
     def __init__(self, max_failures: int) -> None:
         if max_failures < 0:
-            raise ValueError(f"max_failures={max_failures} must not be negative")
+            raise ValueError(f"max_failures is {max_failures}; it must not be negative")
         self.max_failures = max_failures
         self.reasons: dict[str, str] = {}
 
@@ -193,9 +193,9 @@ def train_loader(
     """
     size = _local_size(batch_size, process_index, num_processes)
     if not 0 <= start_step <= num_steps:
-        raise ValueError(f"start_step={start_step} must be between 0 and num_steps={num_steps}")
+        raise ValueError(f"start_step is {start_step}; it must be between 0 and num_steps={num_steps}")
     if seed < 0:
-        raise ValueError(f"seed={seed} must not be negative")
+        raise ValueError(f"seed is {seed}; it must not be negative")
     reader = _Reader(images, _collation(images, processor, collate), max_failures, augment, seed)
     # The loader seeds its workers; by a generator of its own it leaves torch's global one, the run's, alone.
     generator = torch.Generator().manual_seed(seed)
@@ -264,7 +264,7 @@ def eval_loader(
     """
     size = _local_size(batch_size, process_index, num_processes)
     if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit} must be positive, or None for all images")
+        raise ValueError(f"limit is {limit}; it must be positive, or None for all images")
     reader = _Reader(images, _collation(images, processor, collate), max_failures)
     options = {"num_workers": num_workers, "generator": torch.Generator(), "pin_memory": pin_memory}
     options["persistent_workers"] = num_workers > 0
@@ -618,10 +618,12 @@ def _image_loader(dataset: torch.utils.data.Dataset, max_failures: int, **option
 
 def _local_size(batch_size: int, process_index: int, num_processes: int) -> int:
     if not 0 <= process_index < num_processes:
-        raise ValueError(f"process_index={process_index} must be between 0 and num_processes - 1 = {num_processes - 1}")
+        raise ValueError(
+            f"process_index is {process_index}; it must be between 0 and num_processes - 1 = {num_processes - 1}"
+        )
     if batch_size < 1 or batch_size % num_processes:
         raise ValueError(
-            f"batch_size={batch_size}, which counts all processes together, must be a positive multiple of "
+            f"batch_size is {batch_size}, which counts all processes together; it must be a positive multiple of "
             f"num_processes={num_processes}"
         )
     return batch_size // num_processes

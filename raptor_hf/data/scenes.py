@@ -164,8 +164,8 @@ def _side(task: str, config_name: str | None) -> int:
     match = re.fullmatch(rf"{kind}-(\d+)", config_name)
     if match is None or not 16 <= (side := int(match[1])) <= 256:
         raise ValueError(
-            f"config_name={config_name!r} of 'scenes' must be '{kind}-SIDE' for {task}, with a side of 16 to 256 "
-            f"pixels, such as '{kind}-64'"
+            f"config_name of 'scenes' is {config_name!r}; it must be '{kind}-SIDE' for {task}, with a side of 16 to "
+            f"256 pixels, such as '{kind}-64'"
         )
     return side
 

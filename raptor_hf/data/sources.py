@@ -108,7 +108,9 @@ def locate_source(dataset: str, split_names: list[str], **hub_options: str | Non
         escaped = {name: [glob.escape(os.path.abspath(file)) for file in found] for name, found in files.items()}
         return {"path": "parquet", "data_files": escaped}
     if os.path.exists(path):
-        raise ValueError(f"dataset={dataset!r} must be a folder, parquet files or the name of a data set on the Hub")
+        raise ValueError(
+            f"dataset is {dataset!r}; it must be a folder, parquet files or the name of a data set on the Hub"
+        )
     if path.startswith((os.sep, ".")) or path.count("/") > 1:  # a Hub name is "name" or "owner/name"
         raise FileNotFoundError(f"dataset={dataset!r}: no such folder or file, seen from {os.getcwd()}")
     return {"path": dataset, "name": hub_options["config_name"], "revision": hub_options["revision"]}

@@ -58,12 +58,12 @@ class CropFlip:
         _as_size(self.size)
         if not (0 < self.scale[0] <= self.scale[1] and self.scale[0] <= 1):
             raise ValueError(
-                f"scale={self.scale} must be (smallest, largest) with 0 < smallest <= largest, smallest <= 1"
+                f"scale is {self.scale}; it must be (smallest, largest) with 0 < smallest <= largest, smallest <= 1"
             )
         if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"ratio={self.ratio} must be (smallest, largest) with 0 < smallest <= largest")
+            raise ValueError(f"ratio is {self.ratio}; it must be (smallest, largest) with 0 < smallest <= largest")
         if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"flip_probability={self.flip_probability} must be between 0 and 1")
+            raise ValueError(f"flip_probability is {self.flip_probability}; it must be between 0 and 1")
 
     def __call__(
         self, image: PIL.Image.Image, target: Any, generator: np.random.Generator
@@ -346,7 +346,7 @@ def _draw_rectangle(
 def _as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
-        raise ValueError(f"size={size} must be positive, a side or (height, width) in pixels")
+        raise ValueError(f"size is {size}; it must be positive, a side or (height, width) in pixels")
     return height, width
 
 

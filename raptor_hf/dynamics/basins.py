@@ -45,7 +45,7 @@ class Reservoir:
 
     def __init__(self, num_images: int, seed: int = 0):
         if num_images < 1:
-            raise ValueError(f"num_images={num_images} must be at least 1")
+            raise ValueError(f"num_images is {num_images}; it must be at least 1")
         self.num_images, self.seed = num_images, seed
         self._kept: list[tuple[float, Tensor, int | None]] = []
 

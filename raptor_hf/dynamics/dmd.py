@@ -64,7 +64,7 @@ class DMDAccumulator(MatrixAccumulator):
     def __init__(self, hidden_size: int, spans: Sequence[tuple[int, int]]):
         self.hidden_size, self.spans = hidden_size, [(int(start), int(end)) for start, end in spans]
         if not self.spans or any(not 0 <= start < end for start, end in self.spans):
-            raise ValueError(f"spans={list(spans)} must be one or more (start, end] with 0 <= start < end")
+            raise ValueError(f"spans is {list(spans)}; it must be one or more (start, end] with 0 <= start < end")
         super().__init__((len(self.spans), 4, hidden_size, hidden_size))
 
     @torch.no_grad()
@@ -105,7 +105,9 @@ class DMDAccumulator(MatrixAccumulator):
             ValueError: if ridge is negative, rank is not in 1 .. D, or no image was seen.
         """
         if not ridge >= 0 or not (rank is None or 1 <= rank <= self.hidden_size):
-            raise ValueError(f"ridge={ridge} must be at least 0, and rank={rank} in 1..{self.hidden_size} or None")
+            raise ValueError(
+                f"ridge is {ridge} and rank is {rank}; they must be at least 0, and in 1..{self.hidden_size} or None"
+            )
         self._require_any(self._matrices().abs().sum(), "images")
         operators = []
         for span, (xx, xy, first, final) in zip(self.spans, self._matrices(), strict=True):

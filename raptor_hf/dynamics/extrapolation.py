@@ -35,12 +35,12 @@ def paced_layers(num_layers: int, num_steps: int, pace: Pace) -> list[int]:
         ValueError: for an unknown pace, or fewer than 1 step.
     """
     if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
+        raise ValueError(f"num_steps is {num_steps}; it must be at least 1")
     if pace == "hold":
         return [min(step, num_layers) for step in range(1, num_steps + 1)]
     if pace == "spread":
         return [-(-step * num_layers // num_steps) for step in range(1, num_steps + 1)]
-    raise ValueError(f"pace={pace!r} must be hold or spread")
+    raise ValueError(f"pace is {pace!r}; it must be hold or spread")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class DepthExtrapolation(MomentAccumulator):
     def __init__(self, teacher: Teacher, num_steps: Sequence[int], pace: Pace = "hold"):
         self.teacher, self.num_steps, self.pace = teacher, sorted(set(num_steps)), pace
         if not self.num_steps:
-            raise ValueError(f"num_steps={list(num_steps)} must be one or more numbers of steps")
+            raise ValueError(f"num_steps is {list(num_steps)}; it must be one or more numbers of steps")
         self._layers = {steps: paced_layers(teacher.num_layers, steps, pace) for steps in self.num_steps}
         names = ["cosine", "relative_error", "last_speed"]
         names += [] if teacher.classifier is None else ["agreement", "accuracy"]
@@ -177,9 +177,9 @@ class EarlyExit(MomentAccumulator):
 
     def __init__(self, teacher: Teacher, thresholds: Sequence[float], rule: ExitRule = "angular_speed"):
         if rule not in ("angular_speed", "second_difference"):
-            raise ValueError(f"rule={rule!r} must be angular_speed or second_difference")
+            raise ValueError(f"rule is {rule!r}; it must be angular_speed or second_difference")
         if not thresholds:
-            raise ValueError(f"thresholds={list(thresholds)} must be one or more numbers")
+            raise ValueError(f"thresholds is {list(thresholds)}; it must be one or more numbers")
         self.teacher, self.thresholds, self.rule = teacher, list(thresholds), rule
         names = ["num_steps", "cosine"] + ([] if teacher.classifier is None else ["agreement", "accuracy"])
         super().__init__({name: (len(self.thresholds),) for name in names})

@@ -66,9 +66,11 @@ class Perturbation(MomentAccumulator):
     def __init__(self, teacher: Teacher, sizes: Sequence[float], layers: Sequence[int], seed: int = 0):
         self.teacher, self.sizes, self.layers = teacher, list(sizes), list(layers)
         if not self.sizes or min(self.sizes) <= 0:
-            raise ValueError(f"sizes={self.sizes} must be one or more positive numbers, relative to the token's norm")
+            raise ValueError(
+                f"sizes is {self.sizes}; it must be one or more positive numbers, relative to the token's norm"
+            )
         if not self.layers or not 0 <= min(self.layers) <= max(self.layers) < teacher.num_layers:
-            raise ValueError(f"layers={self.layers} must be one or more of 0..{teacher.num_layers - 1}")
+            raise ValueError(f"layers is {self.layers}; it must be one or more of 0..{teacher.num_layers - 1}")
         self._generator = torch.Generator().manual_seed(seed)
         grid = (len(self.layers), len(self.sizes))
         shapes = {name: (*grid, teacher.num_layers + 1) for name in ("angle", "relative_distance")}
@@ -191,9 +193,11 @@ def layer_edits(
         ValueError: for an unknown kind or relation, or several edits at a time without `max_edits`.
     """
     if kind not in ("replace", "swap") or relation not in ("within", "across"):
-        raise ValueError(f"kind={kind!r} must be replace or swap, relation={relation!r} within or across")
+        raise ValueError(
+            f"kind is {kind!r} and relation {relation!r}; they must be replace or swap, and within or across"
+        )
     if num_edits < 1 or (max_edits is None and num_edits > 1):
-        raise ValueError(f"num_edits={num_edits} must be at least 1, and max_edits given where it is above 1")
+        raise ValueError(f"num_edits is {num_edits}; it must be at least 1, and above 1 with max_edits only")
     owners = partition.layer_to_block
     pairs = [
         (a + 1, b + 1)

@@ -96,7 +96,9 @@ class DynamicsAccumulator(MomentAccumulator):
 
     def __init__(self, num_layers: int, tokens: TokenLayout):
         if num_layers < 2:
-            raise ValueError(f"num_layers={num_layers} must be at least 2: one update has no change to its successor")
+            raise ValueError(
+                f"num_layers is {num_layers}; it must be at least 2: one update has no change to its successor"
+            )
         self.num_layers, self.tokens = num_layers, tokens
         self.groups = tokens.slices
         lengths = {"norm": 1, "gamma": 1, "update_norm": 0, "angular_speed": 0}
@@ -179,7 +181,9 @@ def speed_jumps(
     changes = np.asarray(speed_change, dtype=np.float64)
     chosen = sorted(set(boundaries))
     if not chosen or chosen[0] < 1 or chosen[-1] > len(changes) or len(chosen) == len(changes):
-        raise ValueError(f"boundaries={list(boundaries)} must be some, but not all, of the layers 1..{len(changes)}")
+        raise ValueError(
+            f"boundaries is {list(boundaries)}; it must be some, but not all, of the layers 1..{len(changes)}"
+        )
     inside = changes[np.array(chosen) - 1]
     if math.comb(len(changes), len(chosen)) <= max_placements:
         placements = np.array([sum(c) for c in itertools.combinations(changes.tolist(), len(chosen))])

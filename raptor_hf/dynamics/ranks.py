@@ -55,7 +55,7 @@ class SpectrumAccumulator(MatrixAccumulator):
 
     def __init__(self, num_layers: int, hidden_size: int, image_stride: int = 1):
         if image_stride < 1:
-            raise ValueError(f"image_stride={image_stride} must be at least 1")
+            raise ValueError(f"image_stride is {image_stride}; it must be at least 1")
         self.num_layers, self.hidden_size, self.image_stride = num_layers, hidden_size, image_stride
         ranks = {f"{rank}.{kind}": (num_layers,) for rank in ("stable", "effective") for kind in KINDS}
         self._ranks = MomentAccumulator(ranks)

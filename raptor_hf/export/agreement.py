@@ -70,7 +70,7 @@ class Agreement:
             expected: output that it should be, of the same shape.
 
         Raises:
-            RuntimeError: the shapes differ.
+            RuntimeError: the shapes do not match.
         """
         actual, expected = actual.double(), expected.double()
         gap = actual - expected

@@ -134,7 +134,7 @@ def list_heads(folder: str | Path) -> list[str]:
 
 
 def stale_heads(folder: str | Path) -> list[str]:
-    """Names of the heads that were trained on another backbone than the folder's; one without a fingerprint is not.
+    """Names of the heads trained on another backbone than the folder's; heads without a fingerprint do not count.
 
     Raises:
         FileNotFoundError: a head's file is missing.

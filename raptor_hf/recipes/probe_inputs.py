@@ -118,9 +118,13 @@ def open_inputs(settings: ProbeSettings, accelerator: Accelerator) -> Inputs:
             f"epochs of {train_images.num_images} images make"
         )
     if settings.metric == "top5_accuracy" and len(class_names) < TOP5_CLASSES:
-        raise ValueError(f"metric is 'top5_accuracy', which {len(class_names)} classes are too few for")
+        raise ValueError(
+            f"metric is 'top5_accuracy', for which {len(class_names)} classes are too few; it must be 'accuracy'"
+        )
     if settings.quick_checks and not fits_cache(settings, accelerator, probe, train_images.num_images, image_size):
-        raise ValueError(f"quick_checks need the features in memory, which cache_gb={settings.cache_gb} forbids")
+        raise ValueError(
+            f"quick_checks need the features in memory, which cache_gb={settings.cache_gb} forbids; raise it"
+        )
     if backbone.folder is not None:
         check_head(probe.model, backbone.folder, settings.variant)
     return Inputs(
@@ -168,7 +172,9 @@ def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | 
     if wanted is None or is_file:
         return backbone, wanted
     if backbone.classifier is None:
-        raise ValueError(f"init_head is {wanted!r}, but {settings.model} has no such classifier")
+        raise ValueError(
+            f"init_head is {wanted!r}, but {settings.model} has no such classifier; leave it out, or give a file"
+        )
     return backbone, backbone.classifier
 
 

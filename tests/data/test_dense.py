@@ -136,7 +136,7 @@ class TestAde20k:
             ({"num_classes": 150}, "num_classes=150, but .* 3 classes"),
             ({"depth_unit": 0.001}, "depth_unit=0.001 means nothing"),
             ({"target_column": "mask"}, "target_column='mask' means nothing"),
-            ({"task": "segmentation"}, "task='segmentation' must be one of"),
+            ({"task": "segmentation"}, "task is 'segmentation'; it must be one of"),
         ):
             arguments = {"task": SEGMENTATION, "dataset": str(tmp_path), "split": "training"} | options
             with pytest.raises(ValueError, match=message):
@@ -191,7 +191,7 @@ class TestNyu:
         with pytest.raises(ValueError, match="give depth_unit, .* 0.001 for millimetres"):
             open_dense(DEPTH, str(tmp_path), "test").check()
         for unit in (0, -1.0, float("nan"), float("inf")):
-            with pytest.raises(ValueError, match="depth_unit="):
+            with pytest.raises(ValueError, match=f"depth_unit is {unit}; it must be"):
                 open_dense(DEPTH, str(tmp_path), "test", depth_unit=unit)
 
     def test_depth_without_a_valid_pixel_is_refused(self, tmp_path):
@@ -250,7 +250,7 @@ class TestColumns:
         path = write_parquet(tmp_path, "mask", self.masks)
         with pytest.raises(ValueError, match="give num_classes"):
             open_dense(SEGMENTATION, path, "train")
-        with pytest.raises(ValueError, match="num_classes=256"):
+        with pytest.raises(ValueError, match="num_classes is 256"):
             open_dense(SEGMENTATION, path, "train", num_classes=256)
         with pytest.raises(ValueError, match="row 0 of .* holds the label 3 .* classes are 0 to 2"):
             open_dense(SEGMENTATION, path, "train", num_classes=3).check()
@@ -285,5 +285,5 @@ def test_check_tries_the_whole_range_of_a_large_set(tmp_path):
     images = open_dense(SEGMENTATION, write_parquet(tmp_path, "mask", masks), "train", num_classes=2)
     with pytest.raises(ValueError, match="row 29 of .* label 9"):
         images.check(limit=3)
-    with pytest.raises(ValueError, match="limit=0"):
+    with pytest.raises(ValueError, match="limit is 0"):
         images.check(limit=0)

@@ -457,5 +457,5 @@ class TestAugment:
     def test_refuses_what_it_cannot_mean(self):
         with pytest.raises(ValueError, match="floating point"):
             augment(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.Generator())
-        with pytest.raises(ValueError, match="scale=\\(1.2, 0.8\\)"):
+        with pytest.raises(ValueError, match="scale is \\(1.2, 0.8\\)"):
             augment(torch.zeros(1, 3, 8, 8), torch.Generator(), scale=(1.2, 0.8))

@@ -203,16 +203,16 @@ class TestTraining:
     def test_impossible_numbers_are_refused(self, digits, processor):
         options = {"batch_size": 6, "seed": 0, "num_steps": 4}
         for wrong, message in (
-            ({"num_processes": 4}, "batch_size=6.*multiple of num_processes=4"),
-            ({"batch_size": 0}, "batch_size=0"),
-            ({"process_index": 2, "num_processes": 2}, "process_index=2"),
-            ({"start_step": 5}, "start_step=5.*num_steps=4"),
-            ({"seed": -1}, "seed=-1"),
-            ({"max_failures": -1}, "max_failures=-1"),
+            ({"num_processes": 4}, "batch_size is 6.*multiple of num_processes=4"),
+            ({"batch_size": 0}, "batch_size is 0"),
+            ({"process_index": 2, "num_processes": 2}, "process_index is 2"),
+            ({"start_step": 5}, "start_step is 5.*num_steps=4"),
+            ({"seed": -1}, "seed is -1"),
+            ({"max_failures": -1}, "max_failures is -1"),
         ):
             with pytest.raises(ValueError, match=message):
                 train_loader(digits, processor, **options | wrong)
-        with pytest.raises(ValueError, match="limit=0"):
+        with pytest.raises(ValueError, match="limit is 0"):
             eval_loader(digits, processor, batch_size=4, limit=0)
 
 

@@ -110,7 +110,7 @@ def test_what_is_not_there_is_refused():
     with pytest.raises(ValueError, match="split='validation'.*test.*train"):
         open_dense(DEPTH, "scenes", "validation")
     for config in ("segmentation-64", "depth", "depth-8", "depth-1000"):
-        with pytest.raises(ValueError, match=f"config_name='{config}'.*depth-64"):
+        with pytest.raises(ValueError, match=f"config_name of 'scenes' is '{config}'.*depth-64"):
             load_scenes(DEPTH, "test", config)
     with pytest.raises(ValueError, match="revision='main' means nothing"):
         open_dense(DEPTH, "scenes", "test", revision="main")

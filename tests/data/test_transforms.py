@@ -100,11 +100,11 @@ class TestCropFlip:
 
     def test_wrong_ranges_are_refused(self):
         for wrong, message in (
-            ({"size": 0}, "size=0"),
-            ({"scale": (0.5, 0.1)}, "scale="),
-            ({"scale": (0.0, 1.0)}, "scale="),
-            ({"ratio": (2.0, 1.0)}, "ratio="),
-            ({"flip_probability": 1.5}, "flip_probability=1.5"),
+            ({"size": 0}, "size is 0"),
+            ({"scale": (0.5, 0.1)}, "scale is"),
+            ({"scale": (0.0, 1.0)}, "scale is"),
+            ({"ratio": (2.0, 1.0)}, "ratio is"),
+            ({"flip_probability": 1.5}, "flip_probability is 1.5"),
         ):
             with pytest.raises(ValueError, match=message):
                 CropFlip(**{"size": 8} | wrong)

@@ -112,7 +112,7 @@ def test_sample_without_labels_has_none_and_an_empty_one_says_so():
         _ = reservoir.vectors
     reservoir.update(["a", "b"], torch.ones(2, 3))
     assert reservoir.labels is None and reservoir.vectors.shape == (2, 3)
-    with pytest.raises(ValueError, match="num_images=0"):
+    with pytest.raises(ValueError, match="num_images is 0"):
         Reservoir(0)
 
 

@@ -206,9 +206,9 @@ def test_paces_hold_the_last_layer_or_spread_over_all():
     assert paced_layers(4, 2, "hold") == [1, 2] and paced_layers(4, 6, "hold") == [1, 2, 3, 4, 4, 4]
     assert paced_layers(4, 2, "spread") == [2, 4] and paced_layers(4, 8, "spread") == [1, 1, 2, 2, 3, 3, 4, 4]
     assert paced_layers(12, 12, "hold") == paced_layers(12, 12, "spread") == list(range(1, 13))
-    with pytest.raises(ValueError, match="num_steps=0"):
+    with pytest.raises(ValueError, match="num_steps is 0"):
         paced_layers(4, 0, "hold")
-    with pytest.raises(ValueError, match="pace='fast'"):
+    with pytest.raises(ValueError, match="pace is 'fast'"):
         DepthExtrapolation(LinearModel(0.5), (2,), "fast")
 
 
@@ -275,7 +275,7 @@ def test_early_exit_scores_the_states_at_which_images_settle(rule):
         assert result.cosine.mean[index] == pytest.approx(cosine.item())
     assert result.num_steps.mean[0] < 4 and result.num_steps.mean[2] == 4
     assert result.agreement.mean[2] == 1
-    with pytest.raises(ValueError, match="rule='late'"):
+    with pytest.raises(ValueError, match="rule is 'late'"):
         EarlyExit(teacher, (0.1,), "late")
     with pytest.raises(ValueError, match="thresholds"):
         EarlyExit(teacher, ())

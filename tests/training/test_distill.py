@@ -861,7 +861,10 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"num_blocks": 3}, "block_repeats is [3, 1], but num_blocks is 3; give one of them"),
         ({"block_repeats": [3, 2]}, "block_repeats is [3, 2], which sums to 5; it must sum to the teacher's 4 layers"),
         ({"block_repeats": [5, -1]}, "block_repeats is [5, -1]"),
-        ({"block_repeats": None, "num_blocks": 4, "partition": "random_fragmented"}, "num_blocks=4 must be in 2..3"),
+        (
+            {"block_repeats": None, "num_blocks": 4, "partition": "random_fragmented"},
+            "num_blocks is 4; it must be in 2..3",
+        ),
         ({"batch_size": 9, "gradient_accumulation_steps": 2}, "batch_size is 9; it must be a multiple of 2"),
         ({"learning_rate": "inf"}, "learning_rate is inf; it must be finite"),
         ({"learning_rate": "nan"}, "learning_rate is nan; it must be above 0"),

@@ -230,7 +230,7 @@ class ProbeSettings(RunSettings):
         if self.metric not in metrics:
             raise ValueError(f"metric is {self.metric!r}; those of {self.task} are {', '.join(metrics)}")
         if self.variant == "teacher":
-            raise ValueError("variant is 'teacher', the name of the classifier that a student has of its teacher")
+            raise ValueError("variant is 'teacher', the name of the teacher's classifier; it must be another")
         if self.quick_checks and self.augment != "none":
             raise ValueError("quick_checks need features that are computed once; set augment to none")
         if self.eigen_crop and self.task != "depth-estimation":

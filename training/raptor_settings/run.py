@@ -7,7 +7,7 @@ from .declare import setting
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Where images come from, how often a run logs and saves, and what it tolerates."""
+    """Settings of images, logs, checkpoints and tolerated faults."""
 
     dataset_config: str | None = setting(None, help="configuration of a data set on the Hub", group="images")
     dataset_revision: str | None = setting(None, help="branch, tag or commit of the data set", group="images")
