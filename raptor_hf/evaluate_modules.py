@@ -8,7 +8,9 @@ They are made, not loaded by name, so they need no network; they work with `eval
     metric.compute()  # the result on process 0, None on the others
 
 `evaluate` keeps every prediction on disk until `compute`. That suits labels and scores; for masks, depth maps and
-trajectories of a whole test set, use the accumulators themselves, which keep sums only.
+trajectories of a whole test set, use the accumulators themselves, which keep sums only. The probes do so, on every
+process, and each module passes its predictions to the same accumulator. Both therefore compute the same sums, and a
+probe's metrics are what the module says of the same predictions.
 """
 
 from typing import Any

@@ -14,6 +14,7 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 
 from raptor_hf.evaluate_modules import AccuracyMetric, DepthMetric, FidelityMetric, MeanIoUMetric
 from raptor_hf.metrics import DepthErrors, FidelityAccumulator, MeanIoU, TopKAccuracy
+from raptor_hf.probing import ProbeMetric
 from raptor_hf.tokens import TokenLayout
 
 
@@ -87,6 +88,36 @@ def test_fidelity_equals_the_accumulator(generator, options):
     np.testing.assert_allclose(result["r2"], expected.r2, rtol=1e-6)
     np.testing.assert_allclose(result["epsilon"], expected.epsilon, rtol=1e-6)
     np.testing.assert_allclose(result["cosine"]["registers"], expected.cosine["registers"], rtol=1e-6)
+
+
+def probe_metrics(predictions: torch.Tensor, labels: torch.Tensor, *args) -> dict[str, float]:
+    """What a probe reports: the metric of its task, fed with one image at a time."""
+    metric = ProbeMetric(*args)
+    for prediction, label in zip(predictions.split(1), labels.split(1), strict=True):
+        metric.update(prediction, label)
+    return metric.compute()
+
+
+def test_a_probe_of_classes_reports_what_the_module_computes(generator, options):
+    scores, labels = torch.randn(30, 8, generator=generator), torch.randint(8, (30,), generator=generator)
+    reported = probe_metrics(scores, labels, "image-classification", 8)
+    assert reported.keys() == {"accuracy", "top5_accuracy"}
+    assert AccuracyMetric(**options).compute(predictions=scores, references=labels) == reported
+
+
+def test_a_probe_of_masks_reports_what_the_module_computes(generator, options):
+    scores, masks = torch.randn(5, 4, 6, 7, generator=generator), torch.randint(4, (5, 6, 7), generator=generator)
+    masks[:, 0] = 255
+    reported = probe_metrics(scores, masks, "semantic-segmentation", 4)
+    result = MeanIoUMetric(**options).compute(predictions=scores.argmax(1), references=masks, num_classes=4)
+    assert reported == {"mean_iou": result["mean_iou"]}
+
+
+def test_a_probe_of_depth_reports_what_the_module_computes(generator, options):
+    predictions, depths = torch.rand(2, 5, 12, 16, generator=generator).mul(8).unbind(0)
+    valid = {"min_depth": 0.5, "max_depth": 6.0, "eigen_crop": False}
+    reported = probe_metrics(predictions, depths, "depth-estimation", 256, *valid.values())
+    assert DepthMetric(**options).compute(predictions=predictions, references=depths, **valid) == reported
 
 
 def test_metrics_combine(options):
