@@ -180,7 +180,7 @@ class Probe(nn.Module):
 
     @torch.no_grad()
     def features(self, pixel_values: Tensor) -> Tensor:
-        """What the head reads, in the precision of the backbone or of the caller's autocast.
+        """Returns what the head reads, in the precision of the backbone or of the caller's autocast.
 
         Args:
             pixel_values: normalised images, (B, C, H, W).

@@ -433,7 +433,7 @@ class Teacher(nn.Module):
         return None if self.classifier is None else self.classifier(self.features(last_state))
 
     def features(self, last_state: Tensor) -> Tensor:
-        """What the teacher's classifier reads, or where there is none, what a probe of its family reads.
+        """Returns what the teacher's classifier reads, or where there is none, what a probe of its family reads.
 
         Args:
             last_state: as in `logits`.

@@ -57,7 +57,7 @@ class StudentTower(nn.Module):
         if (shapes != shapes[0]).any() or patches.shape[1] != rows * columns or (mask is not None and not mask.all()):
             raise ValueError(
                 f"spatial_shapes is {shapes.tolist()} for {patches.shape[1]} patches per image; a student's batch must "
-                "be of one shape, without padding: prepare images of one shape, with max_num_patches their patches"
+                "be of one shape, without padding: set max_num_patches to the number of patches of that shape"
             )
         patch, channels = self.student.config.patch_size, self.student.config.num_channels
         grid = patches.reshape(len(patches), rows, columns, patch, patch, channels).permute(0, 5, 1, 3, 2, 4)

@@ -109,7 +109,7 @@ def keep_labelled(images: ImageSet, class_names: Sequence[str]) -> ImageSet:
 
 @dataclass(frozen=True)
 class ClassMatch:
-    """Which class of a classifier a label of a data set means.
+    """Maps the labels of a data set to the classes of a classifier.
 
     Attributes:
         classes: for every label of the data set its class, (C,), int64; None if that is not known.
@@ -129,8 +129,8 @@ class ClassMatch:
 def match_classes(images: ImageSet, num_classes: int, id2label: Mapping[int | str, str] | None) -> ClassMatch:
     """Finds which class of a classifier the labels of a data set mean: by their names where both have names.
 
-    Labels are taken by their number only where the data set or the classifier has no names, where all but 1 % of the
-    names agree in their places, and for ImageNet's numbers (n01440764, ...), which are in the order of its classes.
+    Labels are taken by their number in three cases only: the data set or the classifier has no names; all but 1 % of
+    the names agree in their places; or the names are ImageNet's numbers (n01440764, ...), which are in its order.
 
     Args:
         images: with or without labels.

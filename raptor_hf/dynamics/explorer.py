@@ -215,8 +215,8 @@ def lens_of(model: Teacher, states: Tensor) -> list[dict[str, Any]] | None:
     """Reads the model's classifier at every state, image by image; returns None without a classifier.
 
     Returns:
-        For each image the name of the first class and its probability at every state, (L + 1,), and the first step from
-        which each patch, in the place of the mean patch, keeps the class that it has at the end, (P,).
+        For each image: the name and the probability of the first class at every state, (L + 1,); and for each patch,
+        read in the place of the mean patch, the first step after which its class stays, (P,).
     """
     if model.classifier is None:
         return None

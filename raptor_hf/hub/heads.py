@@ -53,8 +53,8 @@ _MAX_VARIANT_LENGTH = 100
 def save_head(model: RaptorPreTrainedModel, folder: str | Path, variant: str, *, own_variant: str = "teacher") -> Path:
     """Adds the head of a model to a folder that holds its backbone.
 
-    A head that lies in the folder's `model.safetensors` itself moves to a file of its own first. No file
-    is ever half written, and the index, which makes a head visible, is written after its head.
+    A head that lies in the folder's `model.safetensors` itself moves to a file of its own first. No file is ever half
+    written, and the index, which makes a head visible, is written after its head.
 
     Args:
         model: with a head; its backbone is taken to be the folder's and is not written.
