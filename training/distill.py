@@ -229,7 +229,9 @@ class Run:
             self.log.load_state_dict(self.pending_log)
         self.histories[stage] = self.log.history
         guard = NonFiniteGuard(settings.max_nonfinite_steps)
-        rising = RisingLossGuard(settings.max_rising_steps, self.first_loss, RISING_FACTOR)
+        rising = RisingLossGuard(
+            settings.max_rising_steps, num_steps=num_steps, first=self.first_loss, factor=RISING_FACTOR
+        )
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0
         batches: ImageLoader = loader(num_steps=offset + num_steps, start_step=offset + self.step)

@@ -181,6 +181,11 @@ class NonFiniteGuard:
         return False
 
 
+# The lowest limit that the guard sets for a short run: a fitted start may lose some of its fit for nearly as many steps
+# and come back.
+SHORTEST_RISE = 20
+
+
 class DivergedError(RuntimeError):
     """The loss has been above its first value for too long."""
 
@@ -189,7 +194,9 @@ class RisingLossGuard:
     """End a run whose loss rises above where it began and stays there.
 
     Args:
-        max_in_a_row: number of consecutive steps whose loss may be above the first one's; 0 for any number.
+        max_in_a_row: number of consecutive steps with a loss above the first one's that end a run; 0 lets it go on.
+        num_steps: length of the run. Half of it is the limit where that is less than `max_in_a_row`, but at least
+            `SHORTEST_RISE`: the rate falls in the second half, where a loss that has risen may come back.
         first: of a run that goes on, the loss that it began with.
         factor: how many times the first loss still passes; above 1 where a run begins so well that its first steps at
             the full rate may lose some of it.
@@ -198,8 +205,9 @@ class RisingLossGuard:
         first: the loss that the run began with, None before its first step.
     """
 
-    def __init__(self, max_in_a_row: int, first: float | None = None, factor: float = 1.0):
-        self.max_in_a_row, self.first, self.factor = max_in_a_row, first, factor
+    def __init__(self, max_in_a_row: int, *, num_steps: int, first: float | None = None, factor: float = 1.0):
+        self.max_in_a_row = min(max_in_a_row, max(SHORTEST_RISE, num_steps // 2))
+        self.first, self.factor = first, factor
         self._in_a_row = 0
 
     def check(self, step: int, loss: float, lr: float) -> None:

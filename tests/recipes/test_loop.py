@@ -100,7 +100,7 @@ def test_guard_names_only_some_images_of_a_large_batch():
 
 
 def test_a_loss_that_stays_above_its_start_ends_the_run_and_says_what_to_change():
-    guard = RisingLossGuard(max_in_a_row=3)
+    guard = RisingLossGuard(max_in_a_row=3, num_steps=100)
     for step, loss in enumerate([2.0, 2.1, 2.2, 1.9, 2.5, math.nan, 2.0, 5.0, 6.0], start=1):
         guard.check(step, loss, lr=0.01)  # never three in a row above 2
     with pytest.raises(DivergedError, match=r"19.8 at step 10 .* above the 2 .* 3 steps: lower learning_rate.* 0.01"):
@@ -108,9 +108,19 @@ def test_a_loss_that_stays_above_its_start_ends_the_run_and_says_what_to_change(
 
 
 def test_a_guard_of_zero_steps_lets_every_loss_rise():
-    guard = RisingLossGuard(max_in_a_row=0)
+    guard = RisingLossGuard(max_in_a_row=0, num_steps=1000)
     for step in range(1000):
         guard.check(step, float(step), lr=0.01)
+
+
+@pytest.mark.parametrize("num_steps, enough", [(10_000, 100), (200, 100), (60, 30), (40, 20), (25, 20)])
+def test_a_short_run_ends_when_its_loss_is_above_its_start_for_half_of_its_steps(num_steps, enough):
+    guard = RisingLossGuard(max_in_a_row=100, num_steps=num_steps)
+    guard.check(1, 1.0, lr=0.01)
+    for step in range(2, enough + 1):
+        guard.check(step, 2.0, lr=0.01)
+    with pytest.raises(DivergedError, match=f"for {enough} steps"):
+        guard.check(enough + 1, 2.0, lr=0.01)
 
 
 def test_log_line_says_loss_rate_speed_and_time_left(clock, capsys):

@@ -654,6 +654,13 @@ def test_a_run_whose_loss_stays_above_its_start_stops(run):
         run(learning_rate=0.1, init="middle", stage1_steps=0, stage2_steps=30, max_rising_steps=4)
 
 
+def test_a_short_run_that_diverges_stops_before_its_end_and_a_healthy_one_does_not(run):
+    with pytest.raises(DivergedError, match="has been above .* for 22 steps: lower learning_rate"):
+        run("diverges", learning_rate=0.5, init="middle", stage1_steps=0, stage2_steps=44)
+    healthy = losses(run("healthy", init="middle", stage1_steps=0, stage2_steps=44))["stage2"]
+    assert healthy[-1][1] < healthy[0][1]
+
+
 def test_teacher_forcing_is_annealed_by_default_or_all_or_nothing(run, batches):
     for kind, expected in (("anneal", [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]), ("only", [1.0] * 6), ("none", [0.0] * 6)):
         run(kind, teacher_forcing=kind, anneal_fraction=2 / 3, stage2_steps=0)

@@ -309,7 +309,8 @@ class DistillSettings(RunSettings):
     )
     max_rising_steps: int = setting(
         100,
-        help="steps in a row with a loss above 1.5 times the first one, after which the run stops; 0 never stops it",
+        help="steps in a row with a loss above 1.5 times the first one, after which the run stops; in a short stage "
+        "half of its steps, but at least 20, are enough; 0 never stops it",
         group="run",
         unit="steps",
         at_least=0,

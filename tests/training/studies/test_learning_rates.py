@@ -25,7 +25,7 @@ def test_a_run_that_is_there_is_read_and_one_that_fails_otherwise_is_an_error(tm
     (tmp_path / "far" / "metrics.json").write_text(json.dumps(scores | {"fidelity": {"r2": [0.5, -60.0]}}))
     assert measure("", 0.04, tmp_path / "far")["mean_r2"] is None
     with pytest.raises(DivergedError) as risen:
-        RisingLossGuard(1, first=2.0).check(5, 3.0, lr=0.1)
+        RisingLossGuard(1, num_steps=10, first=2.0).check(5, 3.0, lr=0.1)
     with pytest.raises(NonFiniteError) as not_finite:
         NonFiniteGuard().check(5, False, ["an image"])
     for kind, error in (("diverged", risen), ("diverged", not_finite), ("other", "no such teacher")):
