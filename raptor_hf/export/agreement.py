@@ -89,8 +89,10 @@ class Agreement:
         """Return "agreement" or "cosine", "largest_difference" and "relative_difference", which JSON can hold.
 
         Raises:
-            ZeroDivisionError: there was no batch.
+            ValueError: there was no batch.
         """
+        if not self.count:
+            raise ValueError("no outputs were compared; call update with at least one batch")
         return {
             "cosine" if self.is_cosine else "agreement": self.same / self.count,
             "largest_difference": self.largest,

@@ -1,4 +1,4 @@
-"""What every training loop needs around its loop: learning rate, log lines, guards, and facts for the result files.
+"""Learning rate, log lines, guards against runs that go wrong, and facts for the result files, for every training loop.
 
 A loop uses them like this:
 
@@ -53,7 +53,7 @@ def cosine_schedule(step: int, *, num_steps: int, warmup_steps: int, base_lr: fl
         ValueError: the warm-up takes the whole run.
     """
     if not 0 <= warmup_steps < num_steps:
-        raise ValueError(f"warmup_steps={warmup_steps} must be at least 0 and less than num_steps={num_steps}")
+        raise ValueError(f"warmup_steps is {warmup_steps}; it must be at least 0 and below num_steps, {num_steps}")
     if step < warmup_steps:
         return base_lr * step / warmup_steps
     if step == warmup_steps:  # a run that ends where the warm-up does never leaves the full rate
@@ -124,7 +124,7 @@ def logged(
 
 
 def precision_of(wanted: str | None) -> str | None:
-    """What accelerate is to take for a setting: "auto" is "bf16" where this machine multiplies in it, else "no"."""
+    """Return the precision for accelerate; "auto" becomes "bf16" where the machine multiplies in it, "no" elsewhere."""
     if wanted != "auto":
         return wanted
     if torch.cuda.is_available():
@@ -200,14 +200,24 @@ class RisingLossGuard:
         first: of a run that goes on, the loss that it began with.
         factor: how many times the first loss still passes; above 1 where a run begins so well that its first steps at
             the full rate may lose some of it.
+        harmless: loss up to which none counts as risen. A run that begins near zero, as from blocks that nearly are the
+            teacher's layers, rises to many times that and is still a good one.
 
     Attributes:
         first: the loss that the run began with, None before its first step.
     """
 
-    def __init__(self, max_in_a_row: int, *, num_steps: int, first: float | None = None, factor: float = 1.0):
+    def __init__(
+        self,
+        max_in_a_row: int,
+        *,
+        num_steps: int,
+        first: float | None = None,
+        factor: float = 1.0,
+        harmless: float = 0.0,
+    ):
         self.max_in_a_row = min(max_in_a_row, max(SHORTEST_RISE, num_steps // 2))
-        self.first, self.factor = first, factor
+        self.first, self.factor, self.harmless = first, factor, harmless
         self._in_a_row = 0
 
     def check(self, step: int, loss: float, lr: float) -> None:
@@ -225,7 +235,7 @@ class RisingLossGuard:
             return
         if self.first is None:
             self.first = loss
-        self._in_a_row = self._in_a_row + 1 if loss > self.factor * self.first else 0
+        self._in_a_row = self._in_a_row + 1 if loss > max(self.factor * self.first, self.harmless) else 0
         if self.max_in_a_row and self._in_a_row >= self.max_in_a_row:
             times = "" if self.factor == 1 else f"{self.factor:g} times "
             raise DivergedError(

@@ -75,7 +75,7 @@ def test_schedule_of_a_single_step_trains():
 
 @pytest.mark.parametrize("warmup_steps", [-1, 5, 6])
 def test_schedule_whose_warmup_takes_the_whole_run_is_refused(warmup_steps):
-    with pytest.raises(ValueError, match=f"warmup_steps={warmup_steps}.*num_steps=5"):
+    with pytest.raises(ValueError, match=f"warmup_steps is {warmup_steps}; .*num_steps, 5"):
         cosine_schedule(0, num_steps=5, warmup_steps=warmup_steps, base_lr=1.0, final_lr=0.0)
 
 
@@ -105,6 +105,15 @@ def test_a_loss_that_stays_above_its_start_ends_the_run_and_says_what_to_change(
         guard.check(step, loss, lr=0.01)  # never three in a row above 2
     with pytest.raises(DivergedError, match=r"19.8 at step 10 .* above the 2 .* 3 steps: lower learning_rate.* 0.01"):
         guard.check(10, 19.8, lr=0.01)
+
+
+def test_a_run_that_begins_near_zero_may_rise_to_a_harmless_loss():
+    guard = RisingLossGuard(max_in_a_row=3, num_steps=100, first=0.01, factor=1.5, harmless=0.5)
+    for step in range(1, 20):
+        guard.check(step, 0.5, lr=0.01)
+    with pytest.raises(DivergedError, match="0.6 at step 22"):
+        for step in range(20, 23):
+            guard.check(step, 0.6, lr=0.01)
 
 
 def test_a_guard_of_zero_steps_lets_every_loss_rise():
