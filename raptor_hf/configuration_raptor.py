@@ -186,6 +186,9 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Rank r of `"low_rank"`.
         branch_shifts (`bool`, *optional*, defaults to `False`):
             Whether `"low_rank"` also adds a vector per step to what each branch adds to the tokens.
+        unit_gains (`bool`, *optional*, defaults to `False`):
+            Whether `"low_rank"` also multiplies every channel of the heads and every neuron of the FFN by a gain per
+            step, so that a step can use some of them and leave others to other steps.
         step_scaling (`bool`, *optional*, defaults to `False`):
             Whether a step over dt layers adds dt times what a step over one layer adds, so that `num_steps=` and
             `block_repeats=` run through the whole depth at another pace. At the trained pace dt is 1. Models trained
@@ -309,6 +312,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     depth_conditioning: str = "none"
     conditioning_rank: int = 8
     branch_shifts: bool = False
+    unit_gains: bool = False
     step_scaling: bool = False
     exit_thresholds: dict[str, float | int] | None = None
     hidden_act: str = "gelu"
@@ -618,6 +622,10 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}.")
+        if self.unit_gains and self.depth_conditioning != "low_rank":
+            raise ValueError(
+                f"depth_conditioning is {self.depth_conditioning!r}; with unit_gains it must be 'low_rank'."
+            )
         num_parameters = self._num_parameters()
         if num_parameters > MAX_PARAMETERS:
             raise ValueError(

@@ -273,6 +273,9 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
         return merged
     merged["attention.qkv.weight"] = weights["attention.qkv.weight"] + step.qkv_up @ step.qkv_down
     merged["ffn.fc1.weight"] = weights["ffn.fc1.weight"] + step.ffn_up @ step.ffn_down
+    for projection, gain in (("attention.proj", step.heads_gain), ("ffn.fc2", step.neurons_gain)):
+        if gain is not None:
+            merged[f"{projection}.weight"] = weights[f"{projection}.weight"] * (1 + gain)
     merged["norm1.weight"] = weights["norm1.weight"] * (1 + step.norm1_gain)
     merged["norm2.weight"] = weights["norm2.weight"] * (1 + step.norm2_gain)
     for number, shift in ((1, step.norm1_shift), (2, step.norm2_shift)):
@@ -290,7 +293,7 @@ def _merged(weights: dict[str, Tensor], step: StepModulation) -> dict[str, Tenso
             # LayerScale comes after the bias; of a feature that it removes, it is made one, and the feature's row zero
             scale, bias = merged[f"layer_scale{number}.lambda1"], weights[f"{projection}.bias"]
             removed = scale == 0
-            merged[f"{projection}.weight"] = weights[f"{projection}.weight"].masked_fill(removed[:, None], 0)
+            merged[f"{projection}.weight"] = merged[f"{projection}.weight"].masked_fill(removed[:, None], 0)
             merged[f"layer_scale{number}.lambda1"] = scale.masked_fill(removed, 1)
             merged[f"{projection}.bias"] = torch.where(removed, shift, bias + shift / scale.masked_fill(removed, 1))
     return merged

@@ -298,6 +298,8 @@ class StepModulation(NamedTuple):
     qkv_up, qkv_down: (3D, r) and (r, D); their product is added to the QKV weight.
     ffn_up, ffn_down: the same for the first projection of the FFN.
     attention_shift, ffn_shift: (D,), added to what a branch adds to the tokens.
+    heads_gain, neurons_gain: (D,) and (FFN width,), what the last projection of a branch reads is multiplied by
+        1 + gain.
     """
 
     input_shift: torch.Tensor | None = None
@@ -316,6 +318,8 @@ class StepModulation(NamedTuple):
     ffn_down: torch.Tensor | None = None
     attention_shift: torch.Tensor | None = None
     ffn_shift: torch.Tensor | None = None
+    heads_gain: torch.Tensor | None = None
+    neurons_gain: torch.Tensor | None = None
 
     def over(self, size: torch.Tensor) -> "StepModulation":
         """The same step over `size` layers, a scalar: what it adds to the tokens is multiplied by it."""
@@ -426,7 +430,8 @@ class EmbeddingConditioner(TableConditioner):
 class LowRankConditioner(TableConditioner):
     """`"low_rank"`: per layer a rank-r term on QKV and first FFN weight, an affine change of norms and LayerScales.
 
-    With `branch_shifts` also a shift of what each branch adds to the tokens.
+    With `branch_shifts` also a shift of what each branch adds to the tokens. With `unit_gains` also a gain of every
+    channel of the heads and of every neuron of the FFN.
     Neutral at the start: the up factors and all gains and shifts are zero.
     """
 
@@ -452,8 +457,11 @@ class LowRankConditioner(TableConditioner):
             self.vectors = tuple(name for name in self.vectors if name not in ("norm1_shift", "norm2_shift"))
         if config.branch_shifts:
             self.vectors += ("attention_shift", "ffn_shift")
+        if config.unit_gains:
+            self.vectors += ("heads_gain", "neurons_gain")
         for name in self.vectors:
-            self.register_parameter(name, nn.Parameter(torch.zeros(steps, dim)))
+            size = config.intermediate_size if name == "neurons_gain" else dim
+            self.register_parameter(name, nn.Parameter(torch.zeros(steps, size)))
 
     def mix(self, low: StepModulation, high: StepModulation, weight: float) -> StepModulation:
         low_entry, high_entry = low._asdict(), high._asdict()
@@ -510,15 +518,30 @@ def _low_rank(
     return layer(hidden_states) + nn.functional.linear(nn.functional.linear(hidden_states, down), up)
 
 
-def _scaled(layer: nn.Module, hidden_states: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """The output of a linear layer times `scale`, (D,), which goes into the weight; `None` is one."""
+def _scaled(
+    layer: nn.Module, hidden_states: torch.Tensor, scale: torch.Tensor | None, gain: nn.Module, by: torch.Tensor | None
+) -> torch.Tensor:
+    """The output of a linear layer times `scale`, (D,), and its input times 1 + `by`; `None` changes nothing.
+
+    With a scale both go into the weight; otherwise the module `gain` multiplies the input.
+    """
     if scale is None:
-        return layer(hidden_states)
+        return layer(gain(hidden_states, by))
     if hidden_states.dtype == torch.float16:
         # products of weights and of a LayerScale at its start are below its range
-        return layer(hidden_states) * scale
+        return layer(gain(hidden_states, by)) * scale
+    weight = layer.weight * scale[:, None]
+    if by is not None:
+        weight = torch.addcmul(weight, weight, by)
     bias = None if layer.bias is None else layer.bias * scale
-    return nn.functional.linear(hidden_states, layer.weight * scale[:, None], bias)
+    return nn.functional.linear(hidden_states, weight, bias)
+
+
+class RaptorUnitGain(nn.Module):
+    """Multiplies channels of heads, or neurons, by 1 + gain; a module, so that hooks see what they were before."""
+
+    def forward(self, hidden_states: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
+        return hidden_states if gain is None else torch.addcmul(hidden_states, hidden_states, gain.to(hidden_states))
 
 
 class RaptorLayerNorm(nn.LayerNorm):
@@ -592,6 +615,7 @@ class RaptorAttention(nn.Module):
         has_own = config.qkv_bias and not config.key_bias
         self.query_bias = nn.Parameter(torch.zeros(config.hidden_size)) if has_own else None
         self.value_bias = nn.Parameter(torch.zeros(config.hidden_size)) if has_own else None
+        self.heads = RaptorUnitGain()
         self.proj = _linear(config.hidden_size, config.hidden_size, "proj", bias=config.proj_bias)
 
     def forward(
@@ -600,6 +624,7 @@ class RaptorAttention(nn.Module):
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
         positions: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -621,7 +646,8 @@ class RaptorAttention(nn.Module):
                 # on CPUs the backward pass of attention in bfloat16 is many times slower than that in float32
                 query, key, value = query.float(), key.float(), value.float()
             context, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        return _scaled(self.proj, context.reshape(batch, tokens, dim).to(dtype), scale), weights
+        context = context.reshape(batch, tokens, dim).to(dtype)
+        return _scaled(self.proj, context, scale, self.heads, gain), weights
 
 
 class RaptorMLP(nn.Module):
@@ -631,6 +657,7 @@ class RaptorMLP(nn.Module):
         super().__init__()
         self.fc1 = _linear(config.hidden_size, config.intermediate_size, "ffn", bias=config.ffn_bias)
         self.activation = ACT2FN[config.hidden_act]
+        self.neurons = RaptorUnitGain()
         self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn", bias=config.ffn_bias)
 
     def forward(
@@ -639,8 +666,10 @@ class RaptorMLP(nn.Module):
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return _scaled(self.fc2, self.activation(_low_rank(self.fc1, hidden_states, up, down)), scale)
+        neurons = self.activation(_low_rank(self.fc1, hidden_states, up, down))
+        return _scaled(self.fc2, neurons, scale, self.neurons, gain)
 
 
 class RaptorSwiGLU(nn.Module):
@@ -649,6 +678,7 @@ class RaptorSwiGLU(nn.Module):
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
         self.fc1 = _linear(config.hidden_size, 2 * config.intermediate_size, "ffn", bias=config.ffn_bias)
+        self.neurons = RaptorUnitGain()
         self.fc2 = _linear(config.intermediate_size, config.hidden_size, "ffn", bias=config.ffn_bias)
 
     def forward(
@@ -657,9 +687,10 @@ class RaptorSwiGLU(nn.Module):
         up: torch.Tensor | None = None,
         down: torch.Tensor | None = None,
         scale: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
     ) -> torch.Tensor:
         gate, value = _low_rank(self.fc1, hidden_states, up, down).chunk(2, dim=-1)
-        return _scaled(self.fc2, nn.functional.silu(gate) * value, scale)
+        return _scaled(self.fc2, nn.functional.silu(gate) * value, scale, self.neurons, gain)
 
 
 class RaptorBlock(GradientCheckpointingLayer):
@@ -713,23 +744,30 @@ class RaptorBlock(GradientCheckpointingLayer):
             hidden_states = hidden_states + step.input_shift
         # In training LayerScale goes into the weight before the branch's output, of which then nothing is kept for the
         # gradient, if that is more than the weight and nobody else has to do with that output; otherwise onto it.
-        fold = self._folds(hidden_states, self.attention, self.attention.proj)
+        fold = self._folds(hidden_states, self.attention, self.attention.heads, self.attention.proj)
         scale = self.layer_scale1(step.layer_scale1_gain, step.attention_gain)
         branch = self.norm1(hidden_states, step.norm1_gain, step.norm1_shift)
         branch, weights = self.attention(
-            branch, step.qkv_up, step.qkv_down, scale if fold else None, positions=positions, **kwargs
+            branch,
+            step.qkv_up,
+            step.qkv_down,
+            scale if fold else None,
+            step.heads_gain,
+            positions=positions,
+            **kwargs,
         )
         branch = self.drop_path(branch)
         hidden_states = hidden_states + branch if fold else torch.addcmul(hidden_states, branch, scale)
         if step.attention_shift is not None:
             hidden_states = hidden_states + step.attention_shift
 
-        fold = self._folds(hidden_states, self.ffn, self.ffn.fc2)
+        fold = self._folds(hidden_states, self.ffn, self.ffn.neurons, self.ffn.fc2)
         scale = self.layer_scale2(step.layer_scale2_gain, step.ffn_gain)
         if fold and step.output_gain is not None:
             scale = scale * step.output_gain
         branch = self.norm2(hidden_states, step.norm2_gain, step.norm2_shift)
-        branch = self.drop_path(self.ffn(branch, step.ffn_up, step.ffn_down, scale if fold else None))
+        branch = self.ffn(branch, step.ffn_up, step.ffn_down, scale if fold else None, step.neurons_gain)
+        branch = self.drop_path(branch)
         if step.ffn_shift is not None:
             hidden_states = hidden_states + step.ffn_shift
         if step.output_gain is None:
@@ -740,13 +778,14 @@ class RaptorBlock(GradientCheckpointingLayer):
 
     _compiled_step = _compile_once(_step)
 
-    def _folds(self, hidden_states: torch.Tensor, branch: nn.Module, output: nn.Module) -> bool:
-        """Whether LayerScale goes into the weight of the last layer of a branch."""
+    def _folds(self, hidden_states: torch.Tensor, branch: nn.Module, gain: nn.Module, output: nn.Module) -> bool:
+        """Whether LayerScale, and the gain of units, go into the weight of the last layer of a branch."""
         return (
             self.training
             and _is_bare(output, nn.Linear)
             and hidden_states.shape[:-1].numel() > output.in_features
             and any(_is_bare(branch, kind) for kind in (RaptorAttention, RaptorMLP, RaptorSwiGLU))
+            and _is_bare(gain, RaptorUnitGain)
             and _is_bare(self.drop_path, RaptorDropPath)
         )
 

@@ -202,6 +202,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"ffn_type": "glu"}, "ffn_type is 'glu'; it must be one of mlp, swiglu"),
     ({"hidden_act": "gelo"}, "hidden_act is 'gelo'; it must be one of .*gelu"),
     ({"intermediate_size": 0}, "intermediate_size is 0"),
+    ({"unit_gains": True}, "depth_conditioning is 'none'; with unit_gains it must be 'low_rank'"),
     ({"depth_conditioning": "scaled"}, "depth_conditioning is 'scaled'; .* none, scale, embedding, low_rank"),
     ({"depth_conditioning": None}, "depth_conditioning.*None"),
     ({"conditioning_rank": 0}, "conditioning_rank is 0"),

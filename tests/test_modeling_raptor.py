@@ -49,6 +49,32 @@ def test_fragmented_blocks_run_in_the_order_of_the_schedule(conditioning):
     torch.testing.assert_close(list(output.hidden_states), states, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+@pytest.mark.parametrize("ffn_type", ["mlp", "swiglu"])
+def test_gains_of_units_are_columns_of_the_last_projections(ffn_type, is_training):
+    options = {"depth_conditioning": "low_rank", "unit_gains": True, "ffn_type": ffn_type}
+    # in training, with more tokens than features, they are multiplied into the weight
+    model, images = tiny_model(RaptorModel, **options).double().train(is_training), tiny_images(4).double()
+    assert model.encoder.conditioners[0].neurons_gain.shape == (3, 40)
+    states, weights = reference_states(model, images, PLANS["trained"][1])
+    output = model(images, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(list(output), states, rtol=1e-10, atol=1e-10)
+    output[-1].square().sum().backward()
+    states[-1].square().sum().backward()
+    for name in ("heads_gain", "neurons_gain"):
+        own = getattr(model.encoder.conditioners[0], name).grad
+        expected = sum(step[f"conditioner.{name}"].grad for step in weights[:3])
+        torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_a_hook_sees_units_before_their_gain_in_training_too():
+    model, seen = tiny_model(RaptorModel, depth_conditioning="low_rank", unit_gains=True).train(), []
+    model.encoder.blocks[1].ffn.neurons.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+    output = model(tiny_images(4)).last_hidden_state
+    assert len(seen) == 1 and torch.equal(seen[0][1], model.encoder.conditioners[1].neurons_gain[0])
+    torch.testing.assert_close(output, model.eval()(tiny_images(4)).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
 def test_projection_without_bias_has_none():
     model = tiny_model(RaptorModel, qkv_bias=False).double()
     assert model.encoder.blocks[0].attention.qkv.bias is None

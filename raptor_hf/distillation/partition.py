@@ -22,7 +22,7 @@ from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
 from .student import choose_partition
 from .task import LayerVariance
-from .tied_costs import tied_costs
+from .tied_costs import gathered_costs, tied_costs
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def find_partition(
     for accumulator in (similarity, variance):
         accumulator.merge(accelerator)
     distance, variances = similarity.compute(), variance.compute()
-    costs = mean_costs(teacher, to_fit, accelerator) if to_fit else None
+    costs = mean_costs(teacher, to_fit, settings, accelerator) if to_fit else None
     partition, stability = choose_partition(distance, similarity, settings, layers, costs)
     was_found = settings.block_repeats is None and not settings.partition.startswith("random")
     others = {}
@@ -99,11 +99,17 @@ def find_partition(
     return record | {"partition": partition}
 
 
-def mean_costs(teacher: Teacher, batches: list[torch.Tensor], accelerator: Accelerator) -> np.ndarray:
-    """Averages over processes the `tied_costs` that each measures on its own batches; collective."""
+def mean_costs(
+    teacher: Teacher, batches: list[torch.Tensor], settings: DistillSettings, accelerator: Accelerator
+) -> np.ndarray:
+    """Returns the costs of runs of layers as one block of the student's kind, averaged over processes; collective."""
     began = time.perf_counter()
     with accelerator.autocast():
-        costs = torch.tensor(tied_costs(teacher, batches), device=accelerator.device)
+        if settings.unit_gains:
+            costs = gathered_costs(teacher, batches, width=settings.intermediate_size)
+        else:
+            costs = tied_costs(teacher, batches)
+    costs = torch.tensor(costs, device=accelerator.device)
     costs = accelerator.reduce(costs, reduction="mean").cpu().numpy()
     if accelerator.is_main_process:
         logger.info(f"one block fitted to every run of layers in {time.perf_counter() - began:.0f} s")

@@ -9,6 +9,7 @@ of a phase share, and a gain and a shift of each step where the conditioning has
 projections stay those that the student started with.
 """
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,16 +22,24 @@ from raptor_settings.distill import DistillSettings
 from torch import Tensor, nn
 
 from ..configuration_raptor import RaptorConfig
-from ..modeling_raptor import RaptorBlock, RaptorPreTrainedModel, StepModulation
+from ..modeling_raptor import RaptorBlock, RaptorEncoder, RaptorPreTrainedModel, StepModulation
 from ..recipes.loop import progress_bar
 from ..teacher import Teacher
 from .task import LayerVariance, runs
+from .units import UnitScores, gather_units
 
 # the last projection of each branch, with what the "low_rank" conditioning changes of it
 BRANCHES = {
     "attention": ("attention.proj", "layer_scale1", "layer_scale1_gain", "attention_shift"),
     "ffn": ("ffn.fc2", "layer_scale2", "layer_scale2_gain", "ffn_shift"),
 }
+
+# the modules that see what the last projections read, before any gain by step, and the tables of these gains
+UNITS = {"attention": ("attention.heads", "heads_gain"), "ffn": ("ffn.neurons", "neurons_gain")}
+
+# how many times gains of units and the projection are fitted in turn, and how strongly these gains are pulled to
+# what they were, as in `solve_ridge`
+GATE_ROUNDS, GATE_RIDGE = 2, 0.03
 
 # of each image, the tokens whose rows enter a regression: those of one image tell much the same
 TOKENS_PER_IMAGE = 32
@@ -66,6 +75,26 @@ class NormalEquations:
         """Multiplies the weight of all rows so far by a factor."""
         for total in (self.gram, self.cross, self.square):
             total *= factor
+
+    def gated(self, gate: Tensor) -> "NormalEquations":
+        """The sums that the rows would have if each feature were multiplied by its gate, (F,)."""
+        result = copy.copy(self)
+        gate = torch.cat((gate.double(), gate.new_ones(1, dtype=torch.float64)))
+        result.gram, result.cross = self.gram * gate[:, None] * gate, self.cross * gate[:, None]
+        return result
+
+    def gate(self, weight: Tensor, start: Tensor, ridge: float) -> Tensor:
+        """The gate, (F,), with which (features * gate) @ weight and an intercept fit the targets best.
+
+        Args:
+            weight: (F, D).
+            start: what the gate is pulled to, (F,).
+            ridge: strength of that pull, as in `solve_ridge`.
+        """
+        count, (features, targets) = self.gram[-1, -1], self.means
+        gram = (self.gram[:-1, :-1] - count * torch.outer(features, features)) * (weight @ weight.T)
+        cross = ((self.cross[:-1] - count * torch.outer(features, targets)) * weight).sum(1, keepdim=True)
+        return solve_ridge(gram, cross, start[:, None].double(), ridge)[:, 0]
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
@@ -136,7 +165,7 @@ def fit_to_teacher(
     batches: Iterable[Tensor],
     *,
     rounds: int = 2,
-    ridge: float = 0.3,
+    ridge: float | None = None,
     memory: float = 0.5,
 ) -> None:
     """Fits the last projections of both branches of every block to the teacher's trajectory, in place.
@@ -146,15 +175,19 @@ def fit_to_teacher(
     differences to the teacher's next states. Earlier rounds keep some weight: without them the student would leave the
     states that it was fitted on. LayerScale becomes one.
 
+    With `unit_gains`, a block first takes the most important heads and neurons of all layers of its phase, and the
+    gains by step of each are fitted too.
+
     Args:
         teacher: of a family whose layers can become blocks.
         student: of its shape, with blocks that start from its layers, as `student_from_teacher` makes it with any
-            `init` but "random". Gains by step are fitted with the conditioning "low_rank", shifts with its
-            `branch_shifts`.
+            `init` but "random", or by any with `unit_gains`. Gains by step are fitted with the conditioning "low_rank",
+            shifts with its `branch_shifts`, and gains of units with its `unit_gains`.
         batches: of pixel values, (B, C, H, W), on the device; a hundred photographs are enough. Two trajectories of
             each image are kept in memory, and at most `TOKENS_PER_IMAGE` of its tokens enter a fit.
         rounds: number of rounds after the first one.
-        ridge: strength of the pull towards the start, relative to the features' mean square.
+        ridge: strength of the pull towards the start, relative to the features' mean square; None takes 0.3, or 0.1
+            with `unit_gains`, whose start is nearer.
         memory: weight of the rows of each round in the next one, from 0 to below 1.
 
     Raises:
@@ -163,17 +196,14 @@ def fit_to_teacher(
     encoder, config = student.base_model.encoder, student.config
     was_training = student.training
     student.eval()
-    variance = LayerVariance(teacher.num_layers, teacher.hidden_size)
-    trajectories, positions = [], []
-    for pixel_values in batches:
-        states = teacher.trajectory(pixel_values)
-        positions.append(encoder.positions(states[:, 0].float(), pixel_values.shape[2:]))
-        variance.update(states)
-        trajectories.append(states.transpose(0, 1))  # (L + 1, B, T, D), layer by layer
-    if not trajectories:
-        raise ValueError("batches is empty; it must give at least one batch of images to fit the student to")
-    weights = 1 / variance.compute()
-    middles = between_branches(teacher, config, trajectories, positions)
+    trajectories, positions, variance = run_teacher(teacher, encoder, batches)
+    weights = 1 / variance
+    scores = UnitScores() if config.unit_gains else None
+    middles = between_branches(teacher, trajectories, positions, scores)
+    if scores is not None:
+        for block in range(config.num_blocks):
+            gather_units(teacher, encoder, block, scores, weights)
+    ridge = (0.3 if scores is None else 0.1) if ridge is None else ridge
     states = [trajectory[0].float() for trajectory in trajectories]
     known = 0  # layers before which the student has states of its own
     for block, layers in enumerate(config.block_layers):
@@ -244,9 +274,22 @@ class _BlockFit:
             state = output
 
     def solve(self, branch: str) -> None:
-        """The projection that fits all steps best, then each step's gain and shift."""
+        """The projection that fits all steps best, then each step's gain and shift; and the gains of units in turn."""
+        gates, steps = getattr(self.conditioner, UNITS[branch][1], None), self.sums[branch]
+        if gates is None:
+            self.solve_projection(branch, steps)
+            return
+        self.solve_projection(branch, _gated(steps, gates))
+        for _ in range(GATE_ROUNDS):
+            weight = self.block.get_submodule(BRANCHES[branch][0]).weight.double().T
+            for equations, gate, gain in zip(steps, gates, getattr(self.conditioner, BRANCHES[branch][2]), strict=True):
+                gate.copy_(equations.gate(weight * (1 + gain.double()), 1 + gate, GATE_RIDGE) - 1)
+            self.solve_projection(branch, _gated(steps, gates))
+
+    def solve_projection(self, branch: str, steps: list[NormalEquations]) -> None:
+        """The projection, and each step's gain and shift, for these equations."""
         name, _, gain_name, shift_name = BRANCHES[branch]
-        projection, steps, prior = self.block.get_submodule(name), self.sums[branch], self.prior[branch]
+        projection, prior = self.block.get_submodule(name), self.prior[branch]
         gains, shifts = getattr(self.conditioner, gain_name, None), getattr(self.conditioner, shift_name, None)
         importance, bias = [self.weights[layer] for layer in self.layers], None
         if shifts is not None:
@@ -270,6 +313,10 @@ class _BlockFit:
         if projection.bias is not None:
             projection.bias.copy_(torch.zeros_like(projection.bias) if bias is None else bias)
         torch.clear_autocast_cache()  # which has a half-precision copy of the weight before
+
+
+def _gated(steps: list[NormalEquations], gates: Iterable[Tensor]) -> list[NormalEquations]:
+    return [equations.gated(1 + gate) for equations, gate in zip(steps, gates, strict=True)]
 
 
 def _relative_spreads(steps: list[NormalEquations]) -> list[float]:
@@ -327,13 +374,61 @@ def solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: floa
     return weight, targets - features @ weight
 
 
+def run_teacher(
+    teacher: Teacher, encoder: RaptorEncoder, batches: Iterable[Tensor]
+) -> tuple[list[Tensor], list[Positions], Tensor]:
+    """Runs a teacher on all batches.
+
+    Args:
+        teacher: L layers.
+        encoder: of a student of it, which knows the positions.
+        batches: of pixel values, (B, C, H, W).
+
+    Returns:
+        The trajectory of each batch, (L + 1, B, T, D), its positions, and the variance of each layer, (L + 1,).
+
+    Raises:
+        ValueError: if there is no batch.
+    """
+    variance = LayerVariance(teacher.num_layers, teacher.hidden_size)
+    trajectories, positions = [], []
+    for pixel_values in batches:
+        states = teacher.trajectory(pixel_values)
+        positions.append(encoder.positions(states[:, 0].float(), pixel_values.shape[2:]))
+        variance.update(states)
+        trajectories.append(states.transpose(0, 1))
+    if not trajectories:
+        raise ValueError("batches is empty; it must give at least one batch of images to fit blocks to")
+    return trajectories, positions, variance.compute()
+
+
 def between_branches(
-    teacher: Teacher, config: RaptorConfig, trajectories: list[Tensor], positions: list[Positions]
+    teacher: Teacher, trajectories: list[Tensor], positions: list[Positions], scores: UnitScores | None = None
 ) -> list[Tensor]:
-    """The teacher's tokens after the attention of every layer, (L + 1, B, T, D); entry 0 is not defined."""
+    """Returns the teacher's tokens after the attention of every layer, (L + 1, B, T, D); entry 0 is not defined.
+
+    What the layers' heads and neurons add is counted in `scores`.
+    """
+    middles, sample = [torch.empty_like(trajectory) for trajectory in trajectories], TokenSample()
+    for layer, block, batches in watch_layers(teacher, trajectories, positions):
+        for middle, seen in zip(middles, batches, strict=True):
+            middle[layer] = seen["middle"]
+            if scores is not None:
+                chosen = sample(seen["middle"])
+                scores.add(layer, block, seen["attention"][:, chosen], seen["ffn"][:, chosen])
+    return middles
+
+
+def watch_layers(
+    teacher: Teacher, trajectories: list[Tensor], positions: list[Positions]
+) -> Iterator[tuple[int, RaptorBlock, Iterator[dict[str, Tensor]]]]:
+    """Runs every layer 1..L of a teacher as a block; gives its number, the block, and what is seen in each batch.
+
+    The block and what `watch_branches` sees in it are those of a layer only until the next one is asked for.
+    """
     # without gradients, or autocast would go on with the half-precision copy of the first layer's weights
+    config = RaptorConfig.from_teacher(teacher.config, (teacher.num_layers,), attn_implementation="sdpa")
     block = RaptorBlock(config).to(trajectories[0].device).eval().requires_grad_(False)
-    middles = [torch.empty_like(trajectory) for trajectory in trajectories]
     for layer in range(1, teacher.num_layers + 1):
         *before, last = teacher.span(layer)
         states = [trajectory[layer - 1].float() for trajectory in trajectories]
@@ -341,18 +436,21 @@ def between_branches(
             block.load_state_dict(teacher.block_state_dict(original))
             states = [block(state, positions=own)[0] for state, own in zip(states, positions, strict=True)]
         block.load_state_dict(teacher.block_state_dict(last))
-        for middle, state, own in zip(middles, states, positions, strict=True):
-            with watch_branches(block) as seen:
-                block(state, positions=own)
-            middle[layer] = seen["middle"]
-    return middles
+        yield layer, block, _watch(block, states, positions)
+
+
+def _watch(block: RaptorBlock, states: list[Tensor], positions: list[Positions]) -> Iterator[dict[str, Tensor]]:
+    for state, own in zip(states, positions, strict=True):
+        with watch_branches(block) as seen:
+            block(state, positions=own)
+        yield seen
 
 
 @contextmanager
 def watch_branches(block: RaptorBlock) -> Iterator[dict[str, Tensor]]:
     """Records what the last projection of each branch reads, and as "middle" the tokens between the branches."""
     seen: dict[str, Tensor] = {}
-    places = {branch: block.get_submodule(name) for branch, (name, *_) in BRANCHES.items()} | {"middle": block.norm2}
+    places = {branch: block.get_submodule(name) for branch, (name, _) in UNITS.items()} | {"middle": block.norm2}
     handles = [
         module.register_forward_pre_hook(lambda module, inputs, name=name: seen.__setitem__(name, inputs[0]))
         for name, module in places.items()

@@ -6,6 +6,7 @@ import numpy as np
 from raptor_settings.distill import DistillSettings
 from torch import nn
 
+from ..configuration_raptor import RaptorConfig
 from ..conversion import student_from_teacher
 from ..phases import (
     Partition,
@@ -67,15 +68,24 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
     overrides = {name: value for name, value in wanted.items() if value is not None}
     # the trajectory to learn is that of a teacher without dropout or dropped paths, whatever it was trained with
     overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # a fit begins with the middle layers, or with blocks that it fills with units of all layers
+    gathers = settings.init == "fitted" and settings.unit_gains
+    if gathers:
+        teacher.block_state_dict(1)  # raises where layers cannot become blocks
+        ffn_type = RaptorConfig.from_teacher(teacher.config, (teacher.num_layers,)).ffn_type
+        if settings.ffn_type not in (None, ffn_type):
+            raise ValueError(
+                f"ffn_type is {settings.ffn_type!r}; with init 'fitted' it must be the teacher's, {ffn_type!r}"
+            )
     student = student_from_teacher(
         teacher,
         partition,
-        # the fit begins with these
-        init="middle" if settings.init == "fitted" else settings.init,
+        init="random" if gathers else "middle" if settings.init == "fitted" else settings.init,
         seed=settings.seed,
         depth_conditioning=settings.depth_conditioning,
         conditioning_rank=settings.conditioning_rank,
         branch_shifts=settings.branch_shifts,
+        unit_gains=settings.unit_gains,
         step_scaling=settings.elastic is not None,
         **overrides,
     )

@@ -5,7 +5,8 @@
 
 Two layers can give similar states and still do different things to them; a distance between states does not show this.
 Here one block starts from the middle layer of a run, and its last projections are fitted in closed form, as in `start`,
-to what each layer of the run adds to the teacher's states. The error that remains is the cost of the run.
+to what each layer of the run adds to the teacher's states. The error that remains is the cost of the run. A student
+with `unit_gains` has blocks of another kind, whose costs are `gathered_costs`.
 """
 
 from collections.abc import Iterable
@@ -23,10 +24,12 @@ from .start import (
     Positions,
     TokenSample,
     between_branches,
+    run_teacher,
     solve_tied,
     watch_branches,
+    watch_layers,
 )
-from .task import LayerVariance
+from .units import head_variances, scaled_projections
 
 
 @torch.no_grad()
@@ -53,17 +56,9 @@ def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.
     student.to(teacher.model.device)
     encoder, block = student.base_model.encoder, student.base_model.encoder.blocks[0]
     block.requires_grad_(False)
-    variance = LayerVariance(num_layers, teacher.hidden_size)
-    trajectories, positions = [], []
-    for pixel_values in batches:
-        states = teacher.trajectory(pixel_values)
-        positions.append(encoder.positions(states[:, 0].float(), pixel_values.shape[2:]))
-        variance.update(states)
-        trajectories.append(states.transpose(0, 1))
-    if not trajectories:
-        raise ValueError("batches is empty; it must give at least one batch of images to fit blocks to")
-    weights = 1 / variance.compute().double().clamp(min=1e-30)
-    middles = between_branches(teacher, student.config, trajectories, positions)
+    trajectories, positions, variance = run_teacher(teacher, encoder, batches)
+    weights = 1 / variance.double().clamp(min=1e-30)
+    middles = between_branches(teacher, trajectories, positions)
 
     costs, sample = np.full((num_layers, num_layers), np.inf), TokenSample()
     for middle in range(1, num_layers + 1):
@@ -111,3 +106,77 @@ def _layer_sums(
         sums[0].add(seen["attention"][:, chosen], (between - before)[:, chosen])
         sums[1].add(seen["ffn"][:, chosen], (after - between)[:, chosen])
     return sums
+
+
+@torch.no_grad()
+def gathered_costs(
+    teacher: Teacher, batches: Iterable[Tensor], *, width: int | None = None, ridge: float = 0.01
+) -> np.ndarray:
+    """Returns the cost of every run of layers as one block that gathers their units, as `units.gather_units` does.
+
+    In a run of n layers each keeps the nth part of its heads and of its neurons, the most important ones; the error is
+    what their best linear combination leaves of each branch. An error stays in the tokens: it counts in its own layer
+    and in all later ones, relative to the teacher's variance there. So early layers weigh most.
+
+    Args:
+        teacher: of a family whose layers can become blocks.
+        batches: of pixel values, (B, C, H, W), on the device; 64 photographs are enough. Two trajectories of each
+            are kept in memory.
+        width: neurons of a block; None takes those of the teacher's layers.
+        ridge: added to the units' covariance, relative to its mean diagonal.
+
+    Returns:
+        (L, L), float64; entry [s, e] is of layers s + 1..e + 1, infinite below the diagonal and near zero on it.
+
+    Raises:
+        ValueError: if there is no batch, or the teacher's layers cannot become blocks.
+    """
+    num_layers = teacher.num_layers
+    student = student_from_teacher(teacher, (num_layers,), init="random").eval().to(teacher.model.device)
+    trajectories, positions, variance = run_teacher(teacher, student.base_model.encoder, batches)
+    sample, lost = TokenSample(), np.zeros((num_layers, num_layers))  # by layer and number of layers in its run
+    for layer, block, seen_in in watch_layers(teacher, trajectories, positions):
+        heads, neurons = [], []
+        for seen in seen_in:
+            chosen = sample(seen["middle"])
+            heads.append(seen["attention"][:, chosen].flatten(0, 1))
+            neurons.append(seen["ffn"][:, chosen].flatten(0, 1))
+        projections, num_heads = scaled_projections(block.state_dict()), block.attention.num_heads
+        attention = _lost_by_heads(_covariance(heads, ridge), projections[0], num_heads)
+        covariance, projection = _covariance(neurons, ridge), projections[1]
+        order = (covariance.diagonal() * projection.square().sum(0)).argsort(descending=True)
+        for run in range(1, num_layers + 1):
+            kept = order[: (width or len(order)) // run]
+            lost[layer - 1, run - 1] = np.interp(num_heads / run, range(num_heads + 1), attention)
+            lost[layer - 1, run - 1] += _lost(covariance, projection, kept)
+    # what an error in a layer is of the variance of that layer and of all later ones
+    inverse = 1 / variance.double().clamp(min=1e-30).cpu().numpy()
+    weights = np.cumsum(inverse[:0:-1])[::-1] / teacher.hidden_size
+    costs = np.full((num_layers, num_layers), np.inf)
+    for start in range(num_layers):
+        for end in range(start, num_layers):
+            costs[start, end] = (weights[start : end + 1] * lost[start : end + 1, end - start]).sum()
+    return costs
+
+
+def _covariance(rows: list[Tensor], ridge: float) -> Tensor:
+    covariance = torch.cov(torch.cat(rows).float().T, correction=0).double()
+    covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+    return covariance
+
+
+def _lost(covariance: Tensor, projection: Tensor, kept: Tensor) -> float:
+    """Variance of units @ projection.T, summed over features, that no linear function of the kept units explains."""
+    rest = torch.ones(len(covariance), dtype=torch.bool, device=covariance.device)
+    rest[kept] = False
+    across = covariance[kept][:, rest]
+    left = covariance[rest][:, rest] - across.T @ torch.linalg.solve(covariance[kept][:, kept], across)
+    return float(((projection[:, rest] @ left) * projection[:, rest]).sum())
+
+
+def _lost_by_heads(covariance: Tensor, projection: Tensor, num_heads: int) -> list[float]:
+    """The same with the best 0, 1, 2, ... heads."""
+    order = head_variances(covariance, projection, num_heads).argsort(descending=True)
+    channels = torch.arange(len(covariance), device=order.device).view(num_heads, -1)[order].flatten()
+    size = len(covariance) // num_heads
+    return [_lost(covariance, projection, channels[: number * size]) for number in range(num_heads + 1)]

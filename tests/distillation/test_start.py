@@ -120,9 +120,10 @@ def test_the_blocks_of_a_fragmented_partition_are_fitted_too():
     assert normalised_loss(teacher, student, images) < before
 
 
-def test_shifts_of_branches_survive_the_way_to_dinov2():
+def test_shifts_of_branches_and_gains_of_units_survive_the_way_to_dinov2():
     teacher = tiny_dinov2()
-    student = student_from_teacher(teacher, (3, 1), init="middle", depth_conditioning="low_rank", branch_shifts=True)
+    options = {"depth_conditioning": "low_rank", "branch_shifts": True, "unit_gains": True}
+    student = student_from_teacher(teacher, (3, 1), init="middle", **options)
     randomize(student, seed=3)
     with torch.no_grad():
         student.base_model.encoder.blocks[0].layer_scale1.lambda1[0] = 0.0

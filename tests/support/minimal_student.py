@@ -56,6 +56,8 @@ def reference_step(tokens: Tensor, weights: Tensors, depth: float, layers: tuple
             own[f"ls{index}.gamma"] = own[f"ls{index}.gamma"] * (1 + table.pop(f"layer_scale{index}_gain", 0))
         own["attn.in_proj_weight"] = own["attn.in_proj_weight"] + table.pop("qkv", 0)
         own["mlp.0.weight"] = own["mlp.0.weight"] + table.pop("ffn", 0)
+        own["attn.out_proj.weight"] = own["attn.out_proj.weight"] * (1 + table.pop("heads_gain", 0))
+        own["mlp.2.weight"] = own["mlp.2.weight"] * (1 + table.pop("neurons_gain", 0))
         assert not table, f"the reference does not know {sorted(table)}"
     return torch.func.functional_call(block.to(tokens.dtype), own, (tokens, depth), strict=True)
 

@@ -92,6 +92,12 @@ class DistillSettings(RunSettings):
     branch_shifts: bool = setting(
         False, help="let low_rank conditioning also shift the output of both branches", group="student"
     )
+    unit_gains: bool = setting(
+        False,
+        help="let low_rank conditioning also weigh heads and neurons by step; a fitted start then takes those of all "
+        "layers of a phase",
+        group="student",
+    )
     ffn_type: Literal["mlp", "swiglu"] | None = setting(
         None, help="kind of feed-forward network; none takes the teacher's", group="student"
     )
@@ -309,8 +315,8 @@ class DistillSettings(RunSettings):
     )
     max_rising_steps: int = setting(
         100,
-        help="steps in a row with a loss above 1.5 times the first one, after which the run stops; in a short stage "
-        "half of its steps, but at least 20, are enough; 0 never stops it",
+        help="steps in a row with a loss above 1.5 times the first one, and above 0.5 if it is normalised, after which "
+        "the run stops; in a short stage half of its steps, but at least 20, are enough; 0 never stops it",
         group="run",
         unit="steps",
         at_least=0,
@@ -346,6 +352,10 @@ class DistillSettings(RunSettings):
             raise ValueError("trajectory_cache_dir is given; trajectory_cache_gb must say how large it may become")
         if not 0 <= self.anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
+        if self.unit_gains and self.depth_conditioning != "low_rank":
+            raise ValueError(
+                f"depth_conditioning is {self.depth_conditioning!r}; with unit_gains it must be 'low_rank'"
+            )
         if self.train_block is not None and self.stage2_steps:
             raise ValueError("train_block trains one block in stage 1; it needs stage2_steps 0")
         if self.elastic is not None:

@@ -1,0 +1,154 @@
+"""Puts heads and neurons of all layers of a phase into one block, whose steps weigh them by gains of their own.
+
+    student = student_from_teacher(teacher, (2, 4, 6), depth_conditioning="low_rank", unit_gains=True)
+    gather_units(teacher, student.base_model.encoder, 0, scores, weights)
+
+The layers of a phase do different things with the same width. A block that copies one of them has the features of that
+layer alone. A block with the most important units of each has some features of all, and each step starts by using those
+of its own layer (`unit_gains` of the conditioning "low_rank").
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modeling_raptor import RaptorBlock
+from ..teacher import Teacher
+
+# what a step multiplies the units of its own layer by at the start, and those of other layers
+OWN_GATE, OTHER_GATE = 1.0, 0.2
+
+
+class UnitScores:
+    """Streams how much variance each head and each neuron of a teacher's layers adds to the tokens."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, list[Tensor]] = {}
+        self._projections: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, layer: int, block: RaptorBlock, heads: Tensor, neurons: Tensor) -> None:
+        """Adds tokens of a layer.
+
+        Args:
+            layer: l, 1..L.
+            block: with the weights of that layer.
+            heads: side by side, what the last projection of the attention reads, (..., D).
+            neurons: what the last projection of the FFN reads, (..., F).
+        """
+        heads, neurons = heads.flatten(0, -2).double(), neurons.flatten(0, -2).double()
+        count = neurons.new_full((1,), len(neurons))
+        sums = [count, heads.sum(0), heads.T @ heads, neurons.sum(0), neurons.square().sum(0)]
+        if layer in self._sums:
+            sums = [old + new for old, new in zip(self._sums[layer], sums, strict=True)]
+        else:
+            self._projections[layer] = scaled_projections(block.state_dict())
+        self._sums[layer] = sums
+
+    def heads(self, layer: int, num_heads: int) -> Tensor:
+        """Variance that each head adds, summed over features, (heads,), float64."""
+        count, total, products, *_ = self._sums[layer]
+        covariance = products / count - torch.outer(total, total) / count.square()
+        return head_variances(covariance, self._projections[layer][0], num_heads)
+
+    def neurons(self, layer: int) -> Tensor:
+        """Variance that each neuron adds, summed over features, (F,), float64."""
+        count, *_, total, squares = self._sums[layer]
+        return (squares / count - (total / count).square()) * self._projections[layer][1].square().sum(0)
+
+
+def scaled_projections(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The last projections of both branches of a block, (D, D) and (D, F), LayerScale included, in float64."""
+    attention = weights["attention.proj.weight"].double() * weights["layer_scale1.lambda1"].double()[:, None]
+    return attention, weights["ffn.fc2.weight"].double() * weights["layer_scale2.lambda1"].double()[:, None]
+
+
+def head_variances(covariance: Tensor, projection: Tensor, num_heads: int) -> Tensor:
+    """Variance that each head adds, (heads,).
+
+    Args:
+        covariance: of the channels of all heads side by side, (D, D).
+        projection: that maps them to tokens, (D, D).
+        num_heads: number of heads.
+    """
+    size = len(covariance) // num_heads
+    own = torch.stack([covariance[i : i + size, i : i + size] for i in range(0, len(covariance), size)])
+    columns = torch.stack(projection.split(size, dim=1))
+    return ((columns @ own) * columns).sum((1, 2))
+
+
+@torch.no_grad()
+def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores, weights: Tensor) -> None:
+    """Fills a block with the most important heads and neurons of the layers of its phase, in place.
+
+    Every step starts with the norms of its own layer, and with the gates `OWN_GATE` and `OTHER_GATE`. LayerScale
+    becomes one. The biases of the last projections become zero, for a fit to replace them. Neurons of a block that is
+    wider than all layers of its phase keep the first weights that they have, and add nothing.
+
+    Args:
+        teacher: of a family whose layers can become blocks.
+        encoder: of the student, with the conditioning "low_rank" and `unit_gains`.
+        block: its number.
+        scores: of the layers of its phase.
+        weights: what scores of a layer are multiplied by to be compared with those of another, (L + 1,).
+    """
+    target: RaptorBlock = encoder.blocks[block]
+    tables: nn.Module = encoder.conditioners[block]
+    config, layers = encoder.config, encoder.config.block_layers[block]
+    heads = _best([scores.heads(layer, config.num_attention_heads) * weights[layer] for layer in layers])
+    neurons = _best([scores.neurons(layer) * weights[layer] for layer in layers], config.intermediate_size)
+    size = config.hidden_size // config.num_attention_heads
+    channels = [(own[:, None] * size + torch.arange(size, device=own.device)).flatten() for own in heads]
+
+    # a step that stands for several layers of the teacher's model starts with the last of them
+    sources = [teacher.block_state_dict(teacher.span(layer)[-1]) for layer in layers]
+    gathered = dict(target.state_dict())
+    stacked = {
+        "attention.qkv.weight": (channels, 3),
+        "attention.qkv.bias": (channels, 3),
+        "attention.query_bias": (channels, 1),
+        "attention.value_bias": (channels, 1),
+        "ffn.fc1.weight": (neurons, 2 if config.ffn_type == "swiglu" else 1),
+        "ffn.fc1.bias": (neurons, 2 if config.ffn_type == "swiglu" else 1),
+    }
+    for name, (chosen, parts) in stacked.items():
+        if name in gathered:
+            gathered[name] = _rows([source[name] for source in sources], chosen, parts, gathered[name])
+    projections = [scaled_projections(source) for source in sources]
+    for number, (name, chosen) in enumerate((("attention.proj", channels), ("ffn.fc2", neurons))):
+        columns = [both[number][:, own] for both, own in zip(projections, chosen, strict=True)]
+        missing = gathered[f"{name}.weight"].shape[1] - sum(len(own) for own in chosen)
+        gathered[f"{name}.weight"] = nn.functional.pad(torch.cat(columns, dim=1), (0, missing))
+    for name, value in gathered.items():
+        if name.startswith("layer_scale") or name in ("norm1.weight", "norm2.weight"):
+            gathered[name] = torch.ones_like(value)
+        elif name in ("norm1.bias", "norm2.bias", "attention.proj.bias", "ffn.fc2.bias"):
+            gathered[name] = torch.zeros_like(value)
+    target.load_state_dict(gathered)
+
+    for step, source in enumerate(sources):
+        for norm in ("norm1", "norm2"):
+            getattr(tables, f"{norm}_gain")[step] = source[f"{norm}.weight"] - 1
+            if f"{norm}.bias" in source:
+                getattr(tables, f"{norm}_shift")[step] = source[f"{norm}.bias"]
+        for table, chosen in ((tables.heads_gain, channels), (tables.neurons_gain, neurons)):
+            owner = torch.cat([torch.full_like(own, index) for index, own in enumerate(chosen)])
+            table[step, : len(owner)] = torch.where(owner == step, OWN_GATE, OTHER_GATE) - 1
+
+
+def _best(scores: list[Tensor], number: int | None = None) -> list[Tensor]:
+    """Indices, by layer, of the best `number` of all layers' units; None takes as many as one layer has."""
+    scores = torch.stack(scores)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    chosen[scores.flatten().topk(min(number or scores.shape[1], scores.numel())).indices] = True
+    return [own.nonzero()[:, 0] for own in chosen.view(scores.shape)]
+
+
+def _rows(weights: list[Tensor], chosen: list[Tensor], parts: int, before: Tensor) -> Tensor:
+    """The rows of chosen units, where a matrix, or a bias, is `parts` stacked ones of the same units.
+
+    `before` has the rows that the block has so far; those that no unit takes stay.
+    """
+    stacks = [torch.stack(weight.chunk(parts))[:, own] for weight, own in zip(weights, chosen, strict=True)]
+    rest = torch.stack(before.chunk(parts))[:, sum(len(own) for own in chosen) :]
+    return torch.cat((*stacks, rest.to(stacks[0])), dim=1).flatten(0, 1)
