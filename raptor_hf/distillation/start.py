@@ -153,7 +153,7 @@ def solve_ridge(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Ten
     Returns:
         W, (F, D), float64.
     """
-    strength = ridge * gram.diagonal().mean()
+    strength = (ridge * gram.diagonal().mean()).clamp(min=1e-30)  # without any feature, W is the prior
     regularised = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(regularised, cross + strength * prior)
 
@@ -473,7 +473,8 @@ def fit_student(
     num_steps = max(1, settings.fit_images // settings.batch_size)
     batches = loader(num_steps=num_steps, process_index=0, num_processes=1)
     student.to(accelerator.device)
-    with accelerator.autocast():
+    # without graphs of compiled blocks, which could neither take the hooks of the fit in nor lose them afterwards
+    with accelerator.autocast(), torch.compiler.set_stance("force_eager"):
         images = (batch["pixel_values"].to(accelerator.device) for batch in batches)
         fit_to_teacher(teacher, student, progress_bar(images, "fit", accelerator, num_steps))
     if accelerator.num_processes > 1:  # kernels may differ in the last bits from process to process

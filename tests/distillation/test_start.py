@@ -1,16 +1,20 @@
 """The fitted start: normal equations against an independent solver, and what a fit must never be worse than."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from raptor_settings.distill import DistillSettings
 
 from raptor_hf.conversion import student_from_teacher, to_dinov2
 from raptor_hf.distillation.start import (
     TOKENS_PER_IMAGE,
     NormalEquations,
     TokenSample,
+    fit_student,
     fit_to_teacher,
     solve_ridge,
     solve_with_intercept,
@@ -118,6 +122,22 @@ def test_the_blocks_of_a_fragmented_partition_are_fitted_too():
     before = normalised_loss(teacher, student, images)
     fit_to_teacher(teacher, student, images.split(8))
     assert normalised_loss(teacher, student, images) < before
+
+
+def test_compiled_blocks_are_fitted_as_others():
+    teacher, fitted = Teacher(tiny_dinov2()), []
+    settings = {"teacher": "teacher", "dataset": "images", "output_dir": "run", "block_repeats": [3, 1]}
+    settings = DistillSettings(**settings, batch_size=6, fit_images=6)
+    loader = functools.partial(lambda **options: [{"pixel_values": IMAGES}])
+    for is_compiled in (False, True):
+        student = student_from_teacher(teacher, (3, 1), init="middle", depth_conditioning="low_rank").eval()
+        blocks = student.base_model.encoder.blocks
+        if is_compiled:
+            for block in blocks:
+                block.compile(backend="eager")
+        fit_student(teacher, student, loader, settings, Accelerator(cpu=True))
+        fitted.append(states_of(student, IMAGES))
+    torch.testing.assert_close(*fitted)
 
 
 def test_shifts_of_branches_and_gains_of_units_survive_the_way_to_dinov2():
