@@ -159,8 +159,10 @@ def gathered_costs(
     return costs
 
 
-def _covariance(rows: list[Tensor], ridge: float) -> Tensor:
-    covariance = torch.cov(torch.cat(rows).float().T, correction=0).double()
+def _covariance(batches: list[Tensor], ridge: float) -> Tensor:
+    rows = torch.cat(batches).float()
+    with torch.autocast(rows.device.type, enabled=False):
+        covariance = torch.cov(rows.T, correction=0).double()
     covariance.diagonal().add_(ridge * covariance.diagonal().mean())
     return covariance
 

@@ -6,6 +6,7 @@ import torch
 
 from raptor_hf import RaptorConfig
 from raptor_hf.conversion import student_from_teacher
+from raptor_hf.distillation import tied_costs
 from raptor_hf.distillation.start import NormalEquations, fit_to_teacher
 from raptor_hf.distillation.tied_costs import gathered_costs
 from raptor_hf.distillation.units import OTHER_GATE, UnitScores, gather_units
@@ -176,3 +177,23 @@ def test_wider_blocks_lose_less():
     width = RaptorConfig.from_teacher(teacher.config, (4,)).intermediate_size
     narrow, wide = gathered_costs(teacher, batches), gathered_costs(teacher, batches, width=2 * width)
     assert wide[0, 3] < narrow[0, 3]
+
+
+def test_covariances_of_units_are_of_full_precision_under_autocast():
+    rows = torch.randn(200, 24, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        covariance = tied_costs._covariance([rows], 0.0)
+    np.testing.assert_allclose(covariance, np.cov(rows.T.double(), bias=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_branch_that_adds_nothing_in_its_whole_phase_is_fitted_too(number):
+    model = tiny_dinov2()
+    for layer in model.encoder.layer[2:]:
+        getattr(layer, f"layer_scale{number}").lambda1.data.zero_()
+    teacher, pixel_values = Teacher(model), images((28, 28), batch=6)
+    student = student_from_teacher(teacher, (2, 2), **GATHERING)
+    fit_to_teacher(teacher, student, [pixel_values], rounds=0)
+    if number == 1:  # the FFN makes good for what the attention lacks
+        assert not student.base_model.encoder.blocks[1].attention.proj.weight.any()
+    assert normalised_loss(teacher, student, pixel_values) < 0.1
