@@ -234,8 +234,9 @@ class Run:
             num_steps=num_steps,
             first=self.first_loss,
             factor=RISING_FACTOR,
-            # of the teacher's variance: above it a student has lost half of what there is to explain
-            harmless=0.5 if settings.normalize_loss else 0.0,
+            # of the teacher's variance: above it a student has lost half of what there is to explain; a loss of another
+            # kind has no such scale
+            harmless=0.5 if settings.normalize_loss and settings.loss == "mse" else 0.0,
         )
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0

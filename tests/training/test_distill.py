@@ -654,6 +654,23 @@ def test_a_run_whose_loss_stays_above_its_start_stops(run):
         run(learning_rate=0.1, init="middle", stage1_steps=0, stage2_steps=30, max_rising_steps=4)
 
 
+@pytest.mark.parametrize(
+    "changes, harmless",
+    [({}, 0.0), ({"normalize_loss": True}, 0.5), ({"normalize_loss": True, "loss": "cosine"}, 0.0)],
+)
+def test_half_of_the_variance_is_harmless_where_the_loss_is_a_share_of_it(run, monkeypatch, changes, harmless):
+    seen = []
+
+    def guard(*args, **kwargs):
+        seen.append(kwargs["harmless"])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "RisingLossGuard", guard)
+    with pytest.raises(KeyboardInterrupt):
+        run(**changes)
+    assert seen == [harmless]
+
+
 def test_a_short_run_that_diverges_stops_before_its_end_and_a_healthy_one_does_not(run):
     with pytest.raises(DivergedError, match="has been above .* for 22 steps: lower learning_rate"):
         run("diverges", learning_rate=0.5, init="middle", stage1_steps=0, stage2_steps=44)

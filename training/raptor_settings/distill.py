@@ -315,8 +315,8 @@ class DistillSettings(RunSettings):
     )
     max_rising_steps: int = setting(
         100,
-        help="steps in a row with a loss above 1.5 times the first one, and above 0.5 if it is normalised, after which "
-        "the run stops; in a short stage half of its steps, but at least 20, are enough; 0 never stops it",
+        help="steps in a row with a loss above 1.5 times the first one, and above 0.5 if it is a normalised mse, after "
+        "which the run stops; in a short stage half of its steps, but at least 20, are enough; 0 never stops it",
         group="run",
         unit="steps",
         at_least=0,
