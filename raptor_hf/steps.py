@@ -17,6 +17,7 @@ A teacher has the same places, its layers being the steps, so that an experiment
     step.7.neurons      its activations, before the last linear layer, (B, T, width of the FFN)
     step.*, step.*.ffn  the same at every step, without the embeddings
 
+Heads and neurons of a student with `unit_gains` are those after the gains of their step.
 All of it is done by hooks, which are gone when the context ends. An edit returns a new tensor. A backward pass that
 computes activations again, as with gradient checkpointing, belongs inside of the context.
 """

@@ -316,3 +316,13 @@ def test_nnsight_edits_the_step_that_the_guide_says():
         with traced.trace(pixel_values):
             within = traced.layernorm.output.save()
     assert torch.equal(within, tokens)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_heads_and_neurons_are_those_after_the_gains_of_their_step(is_training):
+    model = raptor(unit_gains=True).train(is_training)
+    with record(model, ["step.2.heads", "step.2.attention", "step.2.neurons", "step.2.ffn"]) as seen:
+        model(tiny_images(4))
+    block = model.encoder.blocks[0]
+    torch.testing.assert_close(block.attention.proj(seen["step.2.heads"]), seen["step.2.attention"])
+    torch.testing.assert_close(block.ffn.fc2(seen["step.2.neurons"]), seen["step.2.ffn"])
