@@ -26,7 +26,7 @@ from ..modeling_raptor import RaptorBlock, RaptorEncoder, RaptorPreTrainedModel,
 from ..recipes.loop import progress_bar
 from ..teacher import Teacher
 from .task import LayerVariance, runs
-from .units import UnitScores, gather_units
+from .units import UnitScores, check_units, gather_units
 
 # the last projection of each branch, with what the "low_rank" conditioning changes of it
 BRANCHES = {
@@ -191,9 +191,11 @@ def fit_to_teacher(
         memory: weight of the rows of each round in the next one, from 0 to below 1.
 
     Raises:
-        ValueError: if there is no batch, or the teacher's layers cannot become blocks.
+        ValueError: if there is no batch, or the teacher's layers cannot become such blocks.
     """
     encoder, config = student.base_model.encoder, student.config
+    if config.unit_gains:
+        check_units(teacher, config)  # before the teacher runs
     was_training = student.training
     student.eval()
     trajectories, positions, variance = run_teacher(teacher, encoder, batches)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..configuration_raptor import RaptorConfig
+from ..conversion import BLOCK_FIELDS
 from ..modeling_raptor import RaptorBlock
 from ..teacher import Teacher
 
@@ -25,6 +27,7 @@ class UnitScores:
 
     def __init__(self) -> None:
         self._sums: dict[int, list[Tensor]] = {}
+        # that of the heads, (D, D), and the squared norm of what each neuron is mapped to, (F,)
         self._projections: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, layer: int, block: RaptorBlock, heads: Tensor, neurons: Tensor) -> None:
@@ -42,7 +45,8 @@ class UnitScores:
         if layer in self._sums:
             sums = [old + new for old, new in zip(self._sums[layer], sums, strict=True)]
         else:
-            self._projections[layer] = scaled_projections(block.state_dict())
+            attention, ffn = scaled_projections(block.state_dict())
+            self._projections[layer] = attention, ffn.square().sum(0)
         self._sums[layer] = sums
 
     def heads(self, layer: int, num_heads: int) -> Tensor:
@@ -54,7 +58,7 @@ class UnitScores:
     def neurons(self, layer: int) -> Tensor:
         """Variance that each neuron adds, summed over features, (F,), float64."""
         count, *_, total, squares = self._sums[layer]
-        return (squares / count - (total / count).square()) * self._projections[layer][1].square().sum(0)
+        return (squares / count - (total / count).square()) * self._projections[layer][1]
 
 
 def scaled_projections(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,6 +81,19 @@ def head_variances(covariance: Tensor, projection: Tensor, num_heads: int) -> Te
     return ((columns @ own) * columns).sum((1, 2))
 
 
+def check_units(teacher: Teacher, config: RaptorConfig) -> None:
+    """Refuses a student whose blocks differ from the teacher's layers in more than their width.
+
+    Raises:
+        ValueError: if they do.
+    """
+    own = RaptorConfig.from_teacher(teacher.config, (teacher.num_layers,))
+    for name in BLOCK_FIELDS:
+        value, expected = getattr(config, name), getattr(own, name)
+        if name != "intermediate_size" and value != expected:
+            raise ValueError(f"{name} is {value!r}; to take units of the teacher's layers it must be {expected!r}")
+
+
 @torch.no_grad()
 def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores, weights: Tensor) -> None:
     """Fills a block with the most important heads and neurons of the layers of its phase, in place.
@@ -91,7 +108,11 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
         block: its number.
         scores: of the layers of its phase.
         weights: what scores of a layer are multiplied by to be compared with those of another, (L + 1,).
+
+    Raises:
+        ValueError: as `check_units`.
     """
+    check_units(teacher, encoder.config)
     target: RaptorBlock = encoder.blocks[block]
     tables: nn.Module = encoder.conditioners[block]
     config, layers = encoder.config, encoder.config.block_layers[block]

@@ -197,3 +197,11 @@ def test_a_branch_that_adds_nothing_in_its_whole_phase_is_fitted_too(number):
     if number == 1:  # the FFN makes good for what the attention lacks
         assert not student.base_model.encoder.blocks[1].attention.proj.weight.any()
     assert normalised_loss(teacher, student, pixel_values) < 0.1
+
+
+@pytest.mark.parametrize("field, value", [("ffn_type", "mlp"), ("num_attention_heads", 2), ("qkv_bias", False)])
+def test_units_of_layers_of_another_kind_are_refused(field, value):
+    teacher = Teacher(tiny_dinov2(use_swiglu_ffn=True))
+    student = student_from_teacher(teacher, (3, 1), **GATHERING, **{field: value})
+    with pytest.raises(ValueError, match=f"{field} is {value!r}; to take units of the teacher's layers it must be"):
+        fit_to_teacher(teacher, student, [images()])
