@@ -173,7 +173,11 @@ def _facts(metrics: StudentMetrics, config: RaptorConfig) -> list[tuple[str, str
         ("phases", ", ".join(_layers(layers) for layers in config.block_layers)),
         ("width, heads", f"{config.hidden_size}, {config.num_attention_heads}"),
         ("FFN", f"{config.ffn_type}, {config.intermediate_size} wide"),
-        ("depth conditioning", _CONDITIONINGS[config.depth_conditioning]),
+        (
+            "depth conditioning",
+            _CONDITIONINGS[config.depth_conditioning]
+            + (", and gains of heads and neurons" if config.unit_gains else ""),
+        ),
         ("tokens", describe_tokens(config.has_cls, config.num_register_tokens, config.patch_size)),
         ("image size", f"{describe_size(config.image_size)} px; others that are multiples of the patch work too"),
     ]

@@ -50,6 +50,12 @@ def row(text: str, begin: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
+@pytest.mark.parametrize("unit_gains", [False, True])
+def test_card_says_when_steps_weigh_units(unit_gains):
+    text = str(card(config=tiny_config(depth_conditioning="low_rank", unit_gains=unit_gains)))
+    assert row(text, "depth conditioning")[1].endswith("gains of heads and neurons") == unit_gains
+
+
 def test_front_matter_is_what_the_hub_asks_for():
     text = str(card())
     assert front_matter_problem(text) is None
