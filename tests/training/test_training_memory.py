@@ -7,7 +7,7 @@ import torch
 
 from raptor_hf import RaptorConfig, RaptorModel
 from raptor_hf.configuration_raptor import DEPTH_CONDITIONINGS, FFN_TYPES
-from raptor_hf.modeling_raptor import _scaled
+from raptor_hf.modeling_raptor import RaptorUnitGain, _scaled
 from tests.support.tiny_raptors import tiny_images, tiny_model
 from training.benchmarks.measuring import saved_bytes
 
@@ -166,6 +166,6 @@ def test_a_new_blocks_small_layer_scale_survives_half_precision():
     torch.manual_seed(0)
     output = torch.nn.Linear(64, 64)
     hidden, scale = torch.randn(200, 64), torch.full((64,), 1e-5)
-    exact = _scaled(output, hidden, scale)
-    half = _scaled(output.half(), hidden.half(), scale)
+    exact = _scaled(output, hidden, scale, RaptorUnitGain(), None)
+    half = _scaled(output.half(), hidden.half(), scale, RaptorUnitGain(), None)
     assert (half.float() - exact).norm() < 0.01 * exact.norm()
