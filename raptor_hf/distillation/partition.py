@@ -112,7 +112,7 @@ def mean_costs(
     costs = torch.tensor(costs, device=accelerator.device)
     costs = accelerator.reduce(costs, reduction="mean").cpu().numpy()
     if accelerator.is_main_process:
-        logger.info(f"one block fitted to every run of layers in {time.perf_counter() - began:.0f} s")
+        logger.info(f"costs of every run of layers as one block found in {time.perf_counter() - began:.0f} s")
     return costs
 
 

@@ -91,10 +91,9 @@ class NormalEquations:
             start: what the gate is pulled to, (F,).
             ridge: strength of that pull, as in `solve_ridge`.
         """
-        count, (features, targets) = self.gram[-1, -1], self.means
-        gram = (self.gram[:-1, :-1] - count * torch.outer(features, features)) * (weight @ weight.T)
-        cross = ((self.cross[:-1] - count * torch.outer(features, targets)) * weight).sum(1, keepdim=True)
-        return solve_ridge(gram, cross, start[:, None].double(), ridge)[:, 0]
+        gram, cross = centred(self.gram, self.cross)
+        needed = (cross * weight).sum(1, keepdim=True)
+        return solve_ridge(gram * (weight @ weight.T), needed, start[:, None].double(), ridge)[:, 0]
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
@@ -231,7 +230,6 @@ class _BlockFit:
         self.block: RaptorBlock = encoder.blocks[block]
         self.conditioner: nn.Module = encoder.conditioners[block]
         self.plan = tuple((block, float(layer)) for layer in layers)
-        self.starts = {run[0] for run in runs(layers)}
         self.sample = TokenSample()
         self.prior, self.sums = {}, {}
         for branch, (name, scale_name, _, _) in BRANCHES.items():
@@ -369,11 +367,16 @@ def solve_tied(steps: list[NormalEquations], importance: list[Tensor], prior: Te
 
 def solve_with_intercept(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Solves for W, (F, D), and b, (D,), from sums whose last feature is one; b is not pulled to anything."""
+    features, targets = gram[-1, :-1] / gram[-1, -1], cross[-1] / gram[-1, -1]
+    weight = solve_ridge(*centred(gram, cross), prior, ridge)
+    return weight, targets - features @ weight
+
+
+def centred(gram: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums about the means, (F, F) and (F, D), from sums whose last feature is one."""
     count = gram[-1, -1]
     features, targets = gram[-1, :-1] / count, cross[-1] / count
-    gram = gram[:-1, :-1] - count * torch.outer(features, features)
-    weight = solve_ridge(gram, cross[:-1] - count * torch.outer(features, targets), prior, ridge)
-    return weight, targets - features @ weight
+    return gram[:-1, :-1] - count * torch.outer(features, features), cross[:-1] - count * torch.outer(features, targets)
 
 
 def run_teacher(

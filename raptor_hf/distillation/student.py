@@ -6,7 +6,6 @@ import numpy as np
 from raptor_settings.distill import DistillSettings
 from torch import nn
 
-from ..configuration_raptor import RaptorConfig
 from ..conversion import student_from_teacher
 from ..phases import (
     Partition,
@@ -18,6 +17,7 @@ from ..phases import (
 )
 from ..similarity import SimilarityAccumulator
 from ..teacher import Teacher
+from .units import check_units
 
 
 def choose_partition(
@@ -70,13 +70,6 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
     overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     # a fit begins with the middle layers, or with blocks that it fills with units of all layers
     gathers = settings.init == "fitted" and settings.unit_gains
-    if gathers:
-        teacher.block_state_dict(1)  # raises where layers cannot become blocks
-        ffn_type = RaptorConfig.from_teacher(teacher.config, (teacher.num_layers,)).ffn_type
-        if settings.ffn_type not in (None, ffn_type):
-            raise ValueError(
-                f"ffn_type is {settings.ffn_type!r}; with init 'fitted' it must be the teacher's, {ffn_type!r}"
-            )
     student = student_from_teacher(
         teacher,
         partition,
@@ -89,6 +82,8 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
         step_scaling=settings.elastic is not None,
         **overrides,
     )
+    if gathers:
+        check_units(teacher, student.config)
     student.requires_grad_(False)
     for block in range(partition.num_blocks):
         if settings.train_block in (None, block):

@@ -64,10 +64,7 @@ def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.
     for middle in range(1, num_layers + 1):
         block.load_state_dict(teacher.block_state_dict(middle))
         torch.clear_autocast_cache()  # which has a half-precision copy of the weights before
-        priors = [
-            (block.get_submodule(name).weight * getattr(block, scale).lambda1[:, None]).double().T
-            for name, scale, *_ in BRANCHES.values()
-        ]
+        priors = [projection.T for projection in scaled_projections(block.state_dict())]
         ends = [(start, 2 * middle - start + odd) for start in range(1, middle + 1) for odd in (0, 1)]
         spans = [(start, end) for start, end in ends if end <= num_layers]
         sums = {
@@ -120,8 +117,8 @@ def gathered_costs(
 
     Args:
         teacher: of a family whose layers can become blocks.
-        batches: of pixel values, (B, C, H, W), on the device; 64 photographs are enough. Two trajectories of each
-            are kept in memory.
+        batches: of pixel values, (B, C, H, W), on the device; 64 photographs are enough. Their trajectories are kept
+            in memory.
         width: neurons of a block; None takes those of the teacher's layers.
         ridge: added to the units' covariance, relative to its mean diagonal.
 

@@ -63,8 +63,8 @@ class UnitScores:
 
 def scaled_projections(weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The last projections of both branches of a block, (D, D) and (D, F), LayerScale included, in float64."""
-    attention = weights["attention.proj.weight"].double() * weights["layer_scale1.lambda1"].double()[:, None]
-    return attention, weights["ffn.fc2.weight"].double() * weights["layer_scale2.lambda1"].double()[:, None]
+    attention = weights["attention.proj.weight"] * weights["layer_scale1.lambda1"][:, None]
+    return attention.double(), (weights["ffn.fc2.weight"] * weights["layer_scale2.lambda1"][:, None]).double()
 
 
 def head_variances(covariance: Tensor, projection: Tensor, num_heads: int) -> Tensor:
@@ -85,8 +85,9 @@ def check_units(teacher: Teacher, config: RaptorConfig) -> None:
     """Refuses a student whose blocks differ from the teacher's layers in more than their width.
 
     Raises:
-        ValueError: if they do.
+        ValueError: if they do, or the teacher's layers cannot become blocks.
     """
+    teacher.block_state_dict(1)  # raises where they cannot
     own = RaptorConfig.from_teacher(teacher.config, (teacher.num_layers,))
     for name in BLOCK_FIELDS:
         value, expected = getattr(config, name), getattr(own, name)
