@@ -29,7 +29,7 @@ from .start import (
     watch_branches,
     watch_layers,
 )
-from .units import head_variances, scaled_projections
+from .units import head_variances, lasting_weights, scaled_projections
 
 
 @torch.no_grad()
@@ -146,9 +146,7 @@ def gathered_costs(
             kept = order[: (width or len(order)) // run]
             lost[layer - 1, run - 1] = np.interp(num_heads / run, range(num_heads + 1), attention)
             lost[layer - 1, run - 1] += _lost(covariance, projection, kept)
-    # what an error in a layer is of the variance of that layer and of all later ones
-    inverse = 1 / variance.double().clamp(min=1e-30).cpu().numpy()
-    weights = np.cumsum(inverse[:0:-1])[::-1] / teacher.hidden_size
+    weights = lasting_weights(variance)[1:].cpu().numpy() / teacher.hidden_size
     costs = np.full((num_layers, num_layers), np.inf)
     for start in range(num_layers):
         for end in range(start, num_layers):

@@ -81,6 +81,22 @@ def head_variances(covariance: Tensor, projection: Tensor, num_heads: int) -> Te
     return ((columns @ own) * columns).sum((1, 2))
 
 
+def lasting_weights(variance: Tensor) -> Tensor:
+    """What a squared error in each layer costs, relative to the variance of that layer and of all later ones.
+
+    An error stays in the tokens, so it counts in every later layer too.
+
+    Args:
+        variance: of the teacher's layers, (L + 1,).
+
+    Returns:
+        (L + 1,), float64. Entry 0 is what an error in the embedding costs in the layers.
+    """
+    inverse = 1 / variance.double().clamp(min=1e-30)
+    inverse[0] = 0
+    return inverse.flip(0).cumsum(0).flip(0)
+
+
 def check_units(teacher: Teacher, config: RaptorConfig) -> None:
     """Refuses a student whose blocks differ from the teacher's layers in more than their width.
 

@@ -9,7 +9,7 @@ from raptor_hf.conversion import student_from_teacher
 from raptor_hf.distillation import tied_costs
 from raptor_hf.distillation.start import NormalEquations, fit_to_teacher
 from raptor_hf.distillation.tied_costs import gathered_costs
-from raptor_hf.distillation.units import OTHER_GATE, UnitScores, gather_units
+from raptor_hf.distillation.units import OTHER_GATE, UnitScores, gather_units, lasting_weights
 from raptor_hf.phases import cheapest_phases
 from raptor_hf.teacher import Teacher
 from tests.distillation.test_start import normalised_loss, states_of
@@ -61,6 +61,30 @@ def test_scores_are_the_variance_that_a_unit_alone_adds():
     added = own @ (weights["attention.proj.weight"] * weights["layer_scale1.lambda1"][:, None]).T
     expected = float(added.flatten(0, 1).var(0, correction=0).sum())
     assert scores.heads(1, num_heads)[1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_error_counts_in_its_layer_and_in_all_later_ones():
+    weights = lasting_weights(torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    assert weights.dtype == torch.float64 and weights.tolist() == [1.75, 1.75, 0.75, 0.25]
+
+
+def test_a_fit_chooses_units_by_what_they_add_to_all_later_layers():
+    teacher, pixel_values = Teacher(tiny_dinov2("dinov2")), images((42, 28), batch=6)
+    student = student_from_teacher(teacher, (2, 2), **GATHERING)
+    fit_to_teacher(teacher, student, [pixel_values], rounds=0)
+    inverse = 1 / teacher.trajectory(pixel_values).double().var(dim=(0, 2), correction=0).sum(-1)
+    early, late = (scores_of(teacher, pixel_values).neurons(layer) for layer in (1, 2))
+
+    def taken(*weights):
+        """How many neurons of layer 1 are among the best of layers 1 and 2."""
+        return int((torch.cat((early * weights[0], late * weights[1])).topk(len(early)).indices < len(early)).sum())
+
+    number = taken(inverse[1:].sum(), inverse[2:].sum())
+    assert number != taken(inverse[1], inverse[2])
+    best = early.topk(number).indices.sort().values
+    rows = student.base_model.encoder.blocks[0].ffn.fc1.weight[: number + 1].data
+    torch.testing.assert_close(rows[:-1], teacher.block_state_dict(1)["ffn.fc1.weight"][best])
+    assert rows[-1].tolist() in teacher.block_state_dict(2)["ffn.fc1.weight"].tolist()
 
 
 @pytest.mark.parametrize("swiglu", [False, True])

@@ -272,7 +272,7 @@ def time_to_fidelity_conclusion(
     *references, last = variants
     goal_of = dict(zip(references, goals or [None] * len(references), strict=True))
     numbers = []
-    for reference, score, name in itertools.product(references, ("r2_last", "student_accuracy"), variants):
+    for reference, score, name in itertools.product(references, SCORES, variants):
         pairs = paired(*({run["seed"]: run for run in variants[key]} for key in (reference, name)))
         evaluations = [entry for pair in pairs for run in pair for entry in run["evaluations"]]
         if evaluations and all(entry.get(score) is not None for entry in evaluations):

@@ -109,7 +109,8 @@ def training(name, seed, r2, accuracy, seconds_per_step, every=5):
     """A run that is evaluated every so many steps."""
     pairs = enumerate(zip(r2, accuracy, strict=True), start=1)
     evaluations = [
-        {"step": every * i, "seconds": every * i * seconds_per_step, "r2_last": a, "student_accuracy": b}
+        {"step": every * i, "seconds": every * i * seconds_per_step}
+        | {"r2_last": a, "r2_mean": a + 0.1, "student_accuracy": b}
         for i, (a, b) in pairs
     ]
     return record(name, seed, evaluations=evaluations)
@@ -162,6 +163,15 @@ def test_variants_of_different_precision_are_named():
         run["mixed_precision"] = "bf16"
     text = conclusions.time_to_fidelity_conclusion(variants).text
     assert 'in which variants differ: "published" in fp32, "ours" in bf16.' in text
+
+
+def test_time_to_fidelity_is_measured_by_the_mean_over_layers_too():
+    variants = race()
+    for run in variants["ours"]:  # the last layer is there one evaluation later
+        run["evaluations"][0]["r2_mean"] = 0.75
+    entry = of_score(conclusions.time_to_fidelity_conclusion(variants, [0.3]), "r2_mean", variant="ours")
+    assert entry["targets"] == pytest.approx([0.7, 0.7]) and entry["steps"] == [5, 5]
+    assert entry["seconds_ratio"] == [0.25, 0.25] and entry["goal_met"] is True
 
 
 def test_reference_may_be_at_its_end_before_its_training_ends():
