@@ -139,6 +139,7 @@ def make_card(
         short_name=name.rpartition("/")[2],
         run=settings,
         data_name=dataset_words(settings.get("dataset")),
+        is_path=dataset_label(settings.get("dataset")) != settings.get("dataset"),
         config=config,
         teacher=metrics.teacher or {},
         facts=_facts(metrics, config),

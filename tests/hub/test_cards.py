@@ -296,6 +296,14 @@ def test_what_is_known_of_the_patches_is_said():
     assert row(text, "6 |")[0] == "6"  # the table after it is still one
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"), [("digits", False), ("owner/name", False), ("data/cifar10-{split}.parquet", True)]
+)
+def test_the_command_asks_for_images_that_are_neither_embedded_nor_on_the_hub(name, asked):
+    command = section(str(card(settings=SETTINGS | {"dataset": name})), "Training").split("```")[1]
+    assert command.endswith("resolved.yaml --dataset PATH\n" if asked else "resolved.yaml\n")
+
+
 def test_fidelity_of_an_elastic_student_is_said_at_every_number_of_steps():
     assert "Elastic" not in str(card())
     numbers = metrics()
@@ -304,6 +312,12 @@ def test_fidelity_of_an_elastic_student_is_said_at_every_number_of_steps():
     }
     fidelity = section(str(card(numbers)), "Fidelity")
     assert row(fidelity, "24") == ["24", "2 + 1 + 1", "12.5 M", "0.7500", "50.0 %", "-"]
+    assert "it was trained for" in section(str(card()), "Use") and "than 6, another pace" in section(
+        str(card()), "Limits"
+    )
+    elastic = str(card(numbers))
+    assert "in n steps, as it learned to (below), and\n`block_repeats=`" in section(elastic, "Use")
+    assert "- A number of steps that is not in the tables above, another pace" in section(elastic, "Limits")
 
 
 def test_an_unknown_licence_is_said_and_not_guessed():

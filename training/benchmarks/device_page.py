@@ -103,8 +103,8 @@ def merged_part(rows: list[dict[str, Any]]) -> list[str]:
     titles = ["size", "numbers", "batch", "ms, student", "ms, merged", "time of the student's"]
     return [
         "## Weights for each step",
-        "Where memory allows, `raptor_hf.to_dinov2` merges the low-rank terms of every step into weights of its own: "
-        "the same function, in the memory of the teacher. PyTorch, one thread, processor time.",
+        "Where memory allows, `raptor_hf.conversion.to_dinov2` merges the low-rank terms of every step into weights of "
+        "its own: the same function, in the memory of the teacher. PyTorch, one thread, processor time.",
         markdown_table(titles, lines, 3),
     ]
 

@@ -1,6 +1,6 @@
 """A Gradio app: upload photographs, and see what a teacher and its student make of them, step by step.
 
-    pip install "raptor-hf[demo]"
+    pip install -e ".[demo]"
     TEACHER=facebook/dinov2-small STUDENT=you/raptor-dinov2-small-k3 python training/space/app.py
 
 The page is that of `raptor explore`; without TEACHER and STUDENT the models are those of the digits that come with
