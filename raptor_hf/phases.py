@@ -218,7 +218,7 @@ def cheapest_phases(costs: np.ndarray, num_blocks: int, min_size: int = 1) -> Pa
 
     Args:
         costs: (L, L), entry [s, e] of layers s + 1..e + 1 as one block, as `raptor_hf.distillation.tied_costs` measures
-            them; entries below the diagonal are not read.
+            them for both kinds of blocks; entries below the diagonal are not read.
         num_blocks: K.
         min_size: fewest layers in a block.
 

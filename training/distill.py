@@ -234,9 +234,7 @@ class Run:
             num_steps=num_steps,
             first=self.first_loss,
             factor=RISING_FACTOR,
-            # of the teacher's variance: above it a student has lost half of what there is to explain; a loss of another
-            # kind has no such scale
-            harmless=0.5 if settings.normalize_loss and settings.loss == "mse" else 0.0,
+            harmless=self.harmless_loss(stage),
         )
         # stage 2 goes on in the data where stage 1 ended
         offset = settings.stage1_steps if stage == 2 else 0
@@ -261,7 +259,8 @@ class Run:
                     update_average(self.optimizer, settings.ema_decay, step)
             self.optimizer.zero_grad()
             self.step = step + 1
-            if self.forcing(step) == self.forcing(num_steps - 1):  # until then stage 1 has another loss at every step
+            # until its forcing is the last one stage 1 has another loss at every step
+            if stage == 2 or self.forcing(step) == self.forcing(num_steps - 1):
                 rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
                 self.first_loss = rising.first
             if record := self.log.update(step + 1, losses, lr=lr, num_images=self.num_images(offset + step)):
@@ -273,6 +272,23 @@ class Run:
         if settings.eval_every and (stage, num_steps) not in {(e["stage"], e["step"]) for e in self.evaluations}:
             self.note_evaluation()  # after the checkpoint: an evaluation that fails costs no step
             self.save(offset)
+
+    def harmless_loss(self, stage: int) -> float:
+        """The loss of a student that explains half of the teacher's variance: up to it none counts as risen.
+
+        0 for losses of another kind, which have no such scale; those that are added to it are left out.
+        """
+        if not self.settings.normalize_loss or self.settings.loss != "mse":
+            return 0.0
+        task = self.accelerator.unwrap_model(self.task)
+        if stage == 2:
+            return 0.5 * sum(task.stage2_weights or [1.0])
+        # the sum over the blocks that are trained; the weights are those of the last block
+        block, num_blocks = self.settings.train_block, self.student.config.num_blocks
+        last = sum(task.stage1_weights or [1.0])
+        if block is not None:
+            return 0.5 * (last if block == num_blocks - 1 else 1.0)
+        return 0.5 * (num_blocks - 1 + last)
 
     def note_evaluation(self) -> None:
         """Keep the scores of the student as it is now."""
@@ -361,7 +377,9 @@ class Run:
             "first_loss": self.first_loss,
             "blocks": [list(layers) for layers in self.student.config.block_layers],
         }
-        self.session.save(offset + self.step, self.task, self.optimizer, progress, trainable_only=True)
+        # a fit has changed the blocks that are not trained, too
+        trainable_only = self.settings.init != "fitted" or self.settings.train_block is None
+        self.session.save(offset + self.step, self.task, self.optimizer, progress, trainable_only=trainable_only)
 
     def resume(self, evaluated_on: dict[str, Any]) -> None:
         """Take up the last checkpoint, if there is one; a collective operation."""

@@ -32,6 +32,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
+from ..configuration_raptor import as_pair
 from ..image_processing_raptor import ImageError, RaptorImageProcessor, viewed_image
 from .sources import (
     MissingSplitError,
@@ -319,12 +320,14 @@ def load_image_processor(name_or_folder: str, revision: str | None = None) -> Ba
         ) from error
 
 
-def check_image_size(processor: BaseImageProcessor, patch_size: int, num_channels: int = 3) -> tuple[int, int]:
+def check_image_size(
+    processor: BaseImageProcessor, patch_size: int | Sequence[int], num_channels: int = 3
+) -> tuple[int, int]:
     """Checks that the images a processor puts out fit a model: RGB, of one size, in whole patches.
 
     Args:
         processor: image processor; it is tried on two blank images of different shapes.
-        patch_size: side of the model's square patches, in pixels.
+        patch_size: side of the model's square patches, in pixels, or their height and width.
         num_channels: that the model takes.
 
     Returns:
@@ -346,10 +349,10 @@ def check_image_size(processor: BaseImageProcessor, patch_size: int, num_channel
             "the image processor's output varies with the shape of its input, such images cannot share a batch; "
             "crop (do_center_crop) or resize to a fixed height and width"
         )
-    for side in shapes[0]:
-        if side % patch_size:
-            below = side // patch_size * patch_size
-            nearest = " or ".join(str(size) for size in (below, below + patch_size) if size)
+    for side, patch in zip(shapes[0], as_pair(patch_size), strict=True):
+        if side % patch:
+            below = side // patch * patch
+            nearest = " or ".join(str(size) for size in (below, below + patch) if size)
             raise ValueError(
                 f"the image processor's output of {shapes[0][0]} x {shapes[0][1]} pixels does not divide into patches "
                 f"of patch_size={patch_size}; use {nearest} in place of {side}"
@@ -357,13 +360,13 @@ def check_image_size(processor: BaseImageProcessor, patch_size: int, num_channel
     return shapes[0]
 
 
-def resized_processor(processor: BaseImageProcessor, side: int, patch_size: int) -> BaseImageProcessor:
+def resized_processor(processor: BaseImageProcessor, side: int, patch_size: int | Sequence[int]) -> BaseImageProcessor:
     """Copies an image processor and changes the size of its images; it resizes and crops in the same proportion.
 
     Args:
         processor: with images of one size.
         side: the shorter side of the new images, in pixels.
-        patch_size: side of the model's square patches, in pixels.
+        patch_size: side of the model's square patches, in pixels, or their height and width.
 
     Raises:
         ValueError: the side is no multiple of the patch, or the processor takes images as they are.

@@ -5,6 +5,7 @@ import copy
 from raptor_settings.distill import DistillSettings
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..configuration_raptor import as_pair
 from ..data.images import check_image_size, resized_processor
 from ..data.sizes import SizedSteps, View, batch_size_at, draw_sizes
 from ..data.transforms import CropFlip
@@ -18,8 +19,9 @@ FURTHER_IMAGES = 128
 
 def num_tokens(processor: BaseImageProcessor, teacher: Teacher) -> int:
     """Number of tokens, T, of the images that a processor gives."""
-    height, width = check_image_size(processor, teacher.patch_size)
-    return teacher.tokens.num_prefix_tokens + (height // teacher.patch_size) * (width // teacher.patch_size)
+    size = check_image_size(processor, teacher.patch_size)
+    rows, columns = (pixels // patch for pixels, patch in zip(size, as_pair(teacher.patch_size), strict=True))
+    return teacher.tokens.num_prefix_tokens + rows * columns
 
 
 def sized_steps(
@@ -51,7 +53,7 @@ def sized_steps(
         sizes,
         shares=settings.image_size_shares,
         final=settings.final_image_size,
-        num_final=round(settings.final_share * (settings.stage2_steps or settings.stage1_steps)),
+        num_final=max(1, round(settings.final_share * (settings.stage2_steps or settings.stage1_steps))),
         seed=settings.seed,
     )
     return SizedSteps(drawn, views)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..accumulators import has_float64
 from ..data.images import ImageSet, check_image_size, load_image_processor, open_images
 from ..data.labels import ClassMatch, match_classes
 from ..data.sources import open_splits
@@ -66,7 +67,17 @@ def open_inputs(
             f"it must be a multiple of {accelerator.num_processes} processes"
         )
     # what a partition or a student of these settings would be refused for, before images are read to find the real one
-    make_student(teacher, trial_partition(settings, layers), settings)
+    student = make_student(teacher, trial_partition(settings, layers), settings)
+    if (settings.loss == "normed_mse" or settings.normed_mse_weight) and student.config.final_norm != "tokens":
+        raise ValueError(
+            f"loss is {settings.loss!r} and normed_mse_weight {settings.normed_mse_weight:g}, but teacher "
+            f"{settings.teacher!r} has no final norm of its tokens; take another loss and normed_mse_weight 0"
+        )
+    if "fitted" in (settings.init, settings.partition) and not has_float64(accelerator.device):
+        raise ValueError(
+            f"init is {settings.init!r} and partition {settings.partition!r}; 'fitted' needs float64, which "
+            f"{accelerator.device.type} lacks: take init middle and partition normalized there, or the CPU"
+        )
     processor = load_image_processor(settings.teacher, settings.teacher_revision)
     if not all(math.isfinite(value) and value > 0 for value in getattr(processor, "image_std", None) or [1]):
         raise ValueError(f"image_std of {settings.teacher!r} is {processor.image_std}; it must be numbers above 0")

@@ -88,7 +88,8 @@ def find_partition(
     record = partition.to_dict() | {"distance": distance, "num_images": num_images}
     record |= {"distance_kind": settings.distance, "stability": stability}
     if costs is not None:
-        record["tied_costs"] = [row[start:] for start, row in enumerate(costs.tolist())]  # from the diagonal on
+        record["costs"] = [row[start:] for start, row in enumerate(costs.tolist())]  # from the diagonal on
+        record["costs_kind"] = "gathered" if settings.unit_gains else "tied"
     record["other_phases"] = {name: other.to_dict() for name, other in others.items()}
     record |= {"variance": variances, "seconds": time.perf_counter() - began, **identity}
     if accelerator.is_main_process:

@@ -81,6 +81,7 @@ class NormalEquations:
         result = copy.copy(self)
         gate = torch.cat((gate.double(), gate.new_ones(1, dtype=torch.float64)))
         result.gram, result.cross = self.gram * gate[:, None] * gate, self.cross * gate[:, None]
+        result.square = self.square.clone()
         return result
 
     def gate(self, weight: Tensor, start: Tensor, ridge: float) -> Tensor:
@@ -198,7 +199,7 @@ def fit_to_teacher(
     was_training = student.training
     student.eval()
     trajectories, positions, variance = run_teacher(teacher, encoder, batches)
-    weights = lasting_weights(variance) if config.unit_gains else 1 / variance
+    weights = lasting_weights(variance) if config.unit_gains else 1 / variance.double().clamp(min=1e-30)
     scores = UnitScores() if config.unit_gains else None
     middles = between_branches(teacher, trajectories, positions, scores)
     if scores is not None:

@@ -29,7 +29,7 @@ def choose_partition(
 ) -> tuple[Partition, dict[str, Any] | None]:
     """Returns the given or found partition, and for one found by distances its stability in a bootstrap over images.
 
-    `costs` are those of `tied_costs`, for the partition "fitted".
+    `costs` are those of `partition.mean_costs`, for the partition "fitted".
     """
     if settings.block_repeats is not None:
         ends = np.cumsum(settings.block_repeats)[:-1].tolist()

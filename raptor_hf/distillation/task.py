@@ -121,8 +121,10 @@ class TrajectoryLoss:
         for kind in (self.kind, *self.added):
             if kind not in LOSSES:
                 raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(LOSSES)}.")
-        if self.kinds.get("normed_mse") and self.final_norm is None:
-            raise ValueError("final_norm is None; it must be the teacher's final norm for the loss 'normed_mse'.")
+        if self.kinds.get("normed_mse") and not hasattr(self.final_norm, "weight"):
+            raise ValueError(
+                f"final_norm is {self.final_norm}; it must be the teacher's final norm for the loss 'normed_mse'."
+            )
 
     @property
     def kinds(self) -> dict[str, float]:

@@ -62,7 +62,7 @@ def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.
 
     costs, sample = np.full((num_layers, num_layers), np.inf), TokenSample()
     for middle in range(1, num_layers + 1):
-        block.load_state_dict(teacher.block_state_dict(middle))
+        block.load_state_dict(teacher.block_state_dict(teacher.span(middle)[-1]))
         torch.clear_autocast_cache()  # which has a half-precision copy of the weights before
         priors = [projection.T for projection in scaled_projections(block.state_dict())]
         ends = [(start, 2 * middle - start + odd) for start in range(1, middle + 1) for odd in (0, 1)]
@@ -158,7 +158,8 @@ def _covariance(batches: list[Tensor], ridge: float) -> Tensor:
     rows = torch.cat(batches).float()
     with torch.autocast(rows.device.type, enabled=False):
         covariance = torch.cov(rows.T, correction=0).double()
-    covariance.diagonal().add_(ridge * covariance.diagonal().mean())
+    # units of a layer that adds nothing have no variance at all
+    covariance.diagonal().add_((ridge * covariance.diagonal().mean()).clamp(min=1e-30))
     return covariance
 
 

@@ -31,19 +31,27 @@ class TrajectoryCache:
 
     Args:
         trajectory: of the teacher: pixel values, (B, C, H, W), to states, (B, L + 1, T, D).
-        max_bytes: that the kept states may take; what does not fit is computed anew each time.
+        max_bytes: that the kept states may take; what does not fit is computed anew each time. So is what no longer
+            can be written into the folder.
         dtype: that states are kept in, and given in whether they were kept or not.
         folder: where states are kept, for later runs as well, instead of in memory: files that are mapped into it, one
-            for the new images of a batch. It may have states already, and several writers; it must be of this teacher.
+            for the new images of a batch. It may have states already; it must be of this teacher.
+        num_writers: caches that fill the folder together; each takes as much of the room that is left. An image that
+            comes to several of them is kept as often.
 
     Raises:
         ValueError: a file in the folder is damaged.
     """
 
     def __init__(
-        self, trajectory: Trajectory, max_bytes: float, dtype: torch.dtype, folder: Path | None = None
+        self,
+        trajectory: Trajectory,
+        max_bytes: float,
+        dtype: torch.dtype,
+        folder: Path | None = None,
+        num_writers: int = 1,
     ) -> None:
-        self.trajectory, self.max_bytes, self.dtype, self.folder = trajectory, max_bytes, dtype, folder
+        self.trajectory, self.dtype, self.folder = trajectory, dtype, folder
         self._kept: dict[str, Tensor] = {}
         self._is_full = False
         if folder is not None:
@@ -54,6 +62,7 @@ class TrajectoryCache:
                 except SafetensorError as error:
                     raise ValueError(f"{path} is damaged ({error}); remove it") from error
         self.num_bytes = sum(states.nbytes for states in self._kept.values())
+        self.max_bytes = self.num_bytes + max(0.0, max_bytes - self.num_bytes) / num_writers
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -66,7 +75,7 @@ class TrajectoryCache:
         Returns:
             States before the final norm, (B, L + 1, T, D), in `dtype`, on the same device.
         """
-        keys = [hashlib.sha256(image.contiguous().numpy()).hexdigest() for image in pixel_values.cpu()]
+        keys = [_key(image) for image in pixel_values.cpu()]
         missing = [index for index, key in enumerate(keys) if key not in self._kept]
         found: dict[str, Tensor] = {}
         if missing:
@@ -83,8 +92,19 @@ class TrajectoryCache:
             if self.num_bytes + states.nbytes <= self.max_bytes:
                 kept[key] = states.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
                 self.num_bytes += states.nbytes
-        if kept:
-            self._kept |= kept if self.folder is None else self._written(kept)
+        if kept and self.folder is not None:
+            try:
+                kept = self._written(kept)
+            except (OSError, SafetensorError) as error:
+                logger.warning(
+                    "trajectory_cache_dir takes no more, with %d images in %s (%s); the teacher runs on all others "
+                    "every time",
+                    len(self),
+                    self.folder,
+                    error,
+                )
+                self.max_bytes, self._is_full, kept = 0, True, {}
+        self._kept |= kept
         if len(kept) < len(found) and not self._is_full:
             self._is_full = True
             logger.info(
@@ -97,9 +117,18 @@ class TrajectoryCache:
         """The same states, mapped from a new file, which no reader ever sees in part."""
         path = self.folder / f"{uuid.uuid4().hex}.safetensors"
         temporary = path.with_suffix(".writing")
-        save_file(states, temporary)
-        temporary.replace(path)
+        try:
+            save_file(states, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
         return load_file(path)
+
+
+def _key(image: Tensor) -> str:
+    """Names an image by its pixels and their arrangement."""
+    shape = repr(tuple(image.shape)).encode()
+    return hashlib.sha256(shape + image.contiguous().numpy().tobytes()).hexdigest()
 
 
 def cached_trajectory(
@@ -121,4 +150,5 @@ def cached_trajectory(
         layers = "-".join(map(str, teacher.layers)) if settings.target_layers else "all"
         precision = f"{str(dtype).removeprefix('torch.')}-{accelerator.mixed_precision}"
         folder = Path(settings.trajectory_cache_dir) / f"{fingerprint}-{precision}-{layers}"
-    return TrajectoryCache(teacher.trajectory, settings.trajectory_cache_gb * 1e9, dtype, folder)
+    max_bytes, num_writers = settings.trajectory_cache_gb * 1e9, accelerator.num_processes if folder else 1
+    return TrajectoryCache(teacher.trajectory, max_bytes, dtype, folder, num_writers)

@@ -121,15 +121,11 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
 
     Args:
         teacher: of a family whose layers can become blocks.
-        encoder: of the student, with the conditioning "low_rank" and `unit_gains`.
+        encoder: of a student that `check_units` takes, with the conditioning "low_rank" and `unit_gains`.
         block: its number.
         scores: of the layers of its phase.
         weights: what scores of a layer are multiplied by to be compared with those of another, (L + 1,).
-
-    Raises:
-        ValueError: as `check_units`.
     """
-    check_units(teacher, encoder.config)
     target: RaptorBlock = encoder.blocks[block]
     tables: nn.Module = encoder.conditioners[block]
     config, layers = encoder.config, encoder.config.block_layers[block]

@@ -58,11 +58,12 @@ class ImageProgram(nn.Module):
                 for block, conditioner in enumerate(module.conditioners):
                     depths = tuple(depth for owner, depth in module.plan if owner == block)
                     module.conditioners[block] = FrozenConditioner(conditioner(depths))
-            elif isinstance(module, RaptorEmbeddings) and image_size is not None:
+            elif isinstance(module, RaptorEmbeddings) and image_size and module.position_embeddings is not None:
                 # not every runtime interpolates as PyTorch does
-                positions = nn.Parameter(module.interpolate_pos_encoding(*image_size).clone(), requires_grad=False)
+                name = "cropped_positions" if module.position_type == "learned_cropped" else "interpolate_pos_encoding"
+                positions = nn.Parameter(getattr(module, name)(*image_size).clone(), requires_grad=False)
                 module.position_embeddings = positions
-                module.interpolate_pos_encoding = lambda height, width, positions=positions: positions
+                setattr(module, name, lambda height, width, positions=positions: positions)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         return tuple(value for _, value in _named_tensors(self.model(pixel_values)))

@@ -373,6 +373,9 @@ class TestImageProcessor:
             check_image_size(processor, 14)
         with pytest.raises(ValueError, match="patch_size=32; use 32 in place of 28"):
             check_image_size(processor, 32)
+        assert check_image_size(processor, (14, 15)) == (28, 30)
+        with pytest.raises(ValueError, match=r"patch_size=\(14, 16\); use 16 or 32 in place of 30"):
+            check_image_size(processor, (14, 16))
 
     @pytest.mark.parametrize(
         "processor, fields",

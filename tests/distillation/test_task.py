@@ -352,6 +352,8 @@ def test_unknown_loss_is_named():
         TrajectoryLoss("cka")
     with pytest.raises(ValueError, match="final_norm is None; it must be the teacher's final norm"):
         TrajectoryLoss("mse", added={"normed_mse": 0.5})
+    with pytest.raises(ValueError, match=r"final_norm is Identity\(\); it must be the teacher's final norm"):
+        TrajectoryLoss("normed_mse", final_norm=torch.nn.Identity())
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])

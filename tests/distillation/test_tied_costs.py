@@ -89,3 +89,12 @@ def test_costs_that_are_none_and_images_that_are_missing_are_refused():
         cheapest_phases(np.zeros((3, 3)), 4)
     with pytest.raises(ValueError, match="batches is empty"):
         tied_costs(Teacher(tiny_dinov2()), [])
+
+
+def test_costs_are_of_the_layers_that_a_teacher_is_read_at():
+    model = tiny_dinov2()
+    for layer in (model.encoder.layer[0], model.encoder.layer[2]):  # these do nothing, so that each step is one layer
+        for scale in (layer.layer_scale1, layer.layer_scale2):
+            scale.lambda1.data.zero_()
+    costs = tied_costs(Teacher(model, layers=(2, 4)), [IMAGES], ridge=1e-9)
+    assert np.diagonal(costs).max() < 1e-4 < 1e-2 < costs[0, 1]

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from raptor_settings.distill import DistillSettings
+from safetensors import SafetensorError
 
+from raptor_hf.distillation import trajectory_cache
 from raptor_hf.distillation.trajectory_cache import TrajectoryCache, cached_trajectory
 from raptor_hf.teacher import Teacher
 from tests.support.tiny_models import images, tiny_dinov2
@@ -89,7 +91,7 @@ def test_each_teacher_precision_and_choice_of_layers_has_a_folder_of_its_own(tea
                     **{"target_layers": target_layers, "trajectory_cache_gb": 1.0},
                     trajectory_cache_dir=str(tmp_path),
                 )
-                accelerator = SimpleNamespace(mixed_precision=precision)
+                accelerator = SimpleNamespace(mixed_precision=precision, num_processes=1)
                 cache = cached_trajectory(model, settings, accelerator, fingerprint)
                 assert cache.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
                 folders.add(cache.folder)
@@ -114,3 +116,37 @@ def test_what_does_not_fit_is_computed_each_time_and_said_once(teacher, caplog):
     assert len(cache) == 2 and cache.num_bytes == 2 * each and counted.num_images == 4 + 2 + 2
     (message,) = [record.message for record in caplog.records]
     assert message.startswith(f"the trajectory cache is full, with 2 images in {2 * each / 1e9:.3g} GB; the teacher")
+
+
+def test_the_same_pixels_in_another_arrangement_are_another_image(teacher):
+    cache = TrajectoryCache(teacher.trajectory, 1e9, torch.float32)
+    for size in ((28, 56), (56, 28)):
+        even = torch.full((1, 3, *size), 0.5)
+        torch.testing.assert_close(cache(even), teacher.trajectory(even))
+
+
+def test_writers_of_one_folder_share_its_room(teacher, tmp_path):
+    pictures = images(batch=8)
+    each = teacher.trajectory(pictures)[0].nbytes
+    TrajectoryCache(teacher.trajectory, 2 * each, torch.float32, tmp_path)(pictures)
+    writers = [TrajectoryCache(teacher.trajectory, 6 * each, torch.float32, tmp_path, num_writers=2) for _ in range(2)]
+    for writer, part in zip(writers, pictures.split(4), strict=True):
+        writer(part)
+    assert len(TrajectoryCache(teacher.trajectory, 1e9, torch.float32, tmp_path)) == 6
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 7 * each
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_run(teacher, tmp_path, caplog, monkeypatch):
+    cache, pictures = TrajectoryCache(teacher.trajectory, 1e9, torch.float32, tmp_path), images(batch=4)
+    cache(pictures[:2])
+
+    def full(tensors, path):
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(trajectory_cache, "save_file", full)
+    for _ in range(2):
+        torch.testing.assert_close(cache(pictures), teacher.trajectory(pictures))
+    assert len(cache) == 2 and len(list(tmp_path.iterdir())) == 1
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith(f"trajectory_cache_dir takes no more, with 2 images in {tmp_path} (I/O error")

@@ -196,6 +196,14 @@ def test_costs_of_gathering_follow_their_definition():
     assert cheapest_phases(costs, 2).num_blocks == 2
 
 
+def test_a_layer_without_any_active_unit_has_costs_too():
+    model = tiny_dinov2()
+    for part in ("weight", "bias"):
+        getattr(model.encoder.layer[1].mlp.fc1, part).data.zero_()
+    costs = gathered_costs(Teacher(model), [images((28, 28), batch=6)])
+    assert np.isfinite(costs[np.triu_indices(4)]).all()
+
+
 def test_wider_blocks_lose_less():
     teacher, batches = Teacher(tiny_dinov2()), [images((28, 28), batch=6)]
     width = RaptorConfig.from_teacher(teacher.config, (4,)).intermediate_size

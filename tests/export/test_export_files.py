@@ -15,9 +15,13 @@ from raptor_hf import (
     RaptorModel,
     RaptorPreTrainedModel,
 )
+from raptor_hf.conversion import student_from_teacher
 from raptor_hf.export.agreement import Agreement, open_file
-from raptor_hf.export.programs import output_names, parameter_bytes, save_pt2
+from raptor_hf.export.programs import ImageProgram, output_names, parameter_bytes, save_pt2
+from raptor_hf.teacher import Teacher
+from tests.support.tiny_models import tiny_dinov2
 from tests.support.tiny_raptors import ALL_CLASSES, KINDS, tiny_images, tiny_model
+from tests.support.tiny_vits import tiny_vit
 
 # wide enough that the graph is not most of a file
 WIDE = {"hidden_size": 192, "intermediate_size": 768, "block_repeats": (3, 1), "layerscale_value": 0.1}
@@ -73,6 +77,19 @@ def test_onnx_file_of_every_kind_equals_the_model_and_stores_its_weights_once(co
     onnx_files.save_onnx(model, tmp_path / "model.onnx")
     assert_equal_to(model, tmp_path / "model.onnx", SHAPES)
     assert (tmp_path / "model.onnx").stat().st_size <= 1.1 * parameter_bytes(model)
+
+
+@pytest.mark.parametrize(
+    "family", ["dinov3_vit", "mlcd_vision_model", "aimv2_vision_model", "radio", "dinov2", "ijepa"]
+)
+@pytest.mark.parametrize("size", [(28, 28), (28, 42), (42, 28)], ids=str)
+def test_program_of_one_size_has_the_positions_of_every_kind(family, size):
+    teacher = Teacher(tiny_dinov2() if family == "dinov2" else tiny_vit(family))
+    student = student_from_teacher(teacher, (3, 1), init="first").eval()
+    pixel_values = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        program = ImageProgram(student, size)(pixel_values)
+    torch.testing.assert_close(list(program), outputs_of(student, pixel_values))
 
 
 @pytest.mark.slow

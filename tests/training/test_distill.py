@@ -503,7 +503,7 @@ def test_fitted_phases_are_kept_with_their_costs_and_with_what_distances_find(ru
     folder = run(block_repeats=None, num_blocks=2, partition="fitted", stage1_steps=0, stage2_steps=2)
     record = json.loads((folder / "phases.json").read_text())
     costs = np.full((4, 4), np.inf)
-    for start, row in enumerate(record["tied_costs"]):
+    for start, row in enumerate(record["costs"]):
         costs[start, start:] = row
     found = Partition.from_dict(record)
     assert found == cheapest_phases(costs, 2) and found.method == "fitted"
@@ -536,6 +536,11 @@ def test_images_of_several_sizes_have_about_as_many_tokens_in_a_batch(run, batch
     (record,) = [record for record in json.loads((folder / "losses.json").read_text())["stage2"] if record["step"] == 6]
     assert record["images_per_second"] > 0
     assert [*metrics(folder)["fidelity_by_size"]] == ["4 x 4", "16 x 16"]
+
+
+def test_a_final_size_has_at_least_one_step(run, batches):
+    run(final_image_size=16, final_share=0.01)
+    assert [pixels.shape[-1] for pixels, _ in batches] == [8] * 11 + [16]
 
 
 def test_fidelity_is_measured_at_twice_the_size_or_as_asked(run, teacher, digits, monkeypatch):
@@ -656,19 +661,33 @@ def test_a_run_whose_loss_stays_above_its_start_stops(run):
 
 @pytest.mark.parametrize(
     "changes, harmless",
-    [({}, 0.0), ({"normalize_loss": True}, 0.5), ({"normalize_loss": True, "loss": "cosine"}, 0.0)],
+    [
+        ({}, [0.0, 0.0]),
+        ({"normalize_loss": True}, [1.0, 0.5]),  # stage 1 has the sum over two blocks, stage 2 the mean over steps
+        ({"normalize_loss": True, "stage1_weights": [1, 1, 2], "stage2_weights": [1, 1, 8]}, [2.5, 5.0]),
+        ({"normalize_loss": True, "stage1_weights": [1, 1, 2], "stage2_steps": 0, "train_block": 1}, [2.0]),
+        ({"normalize_loss": True, "cls_weighting": False, "stage2_steps": 0, "train_block": 0}, [0.5]),
+        ({"normalize_loss": True, "loss": "cosine"}, [0.0, 0.0]),
+    ],
+    ids=["plain", "normalised", "weights", "last block", "first block", "cosine"],
 )
 def test_half_of_the_variance_is_harmless_where_the_loss_is_a_share_of_it(run, monkeypatch, changes, harmless):
-    seen = []
+    seen, guard = [], distill.RisingLossGuard
 
-    def guard(*args, **kwargs):
+    def watched(*args, **kwargs):
         seen.append(kwargs["harmless"])
-        raise KeyboardInterrupt
+        return guard(*args, **kwargs)
 
-    monkeypatch.setattr(distill, "RisingLossGuard", guard)
-    with pytest.raises(KeyboardInterrupt):
-        run(**changes)
-    assert seen == [harmless]
+    monkeypatch.setattr(distill, "RisingLossGuard", watched)
+    run(**changes)
+    assert seen == pytest.approx(harmless)
+
+
+def test_stage_2_is_guarded_from_its_first_step_on_while_stage_1_would_still_anneal(run, monkeypatch):
+    checked = []
+    monkeypatch.setattr(distill.RisingLossGuard, "check", lambda self, step, loss, lr: checked.append(step))
+    run(stage1_steps=6, anneal_fraction=1.0)
+    assert checked == [6, *range(1, 7)]  # in stage 1 only where the forcing is that of its last step
 
 
 def test_a_short_run_that_diverges_stops_before_its_end_and_a_healthy_one_does_not(run):
@@ -895,14 +914,17 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"warmup_steps": 6}, "warmup_steps is 6; it must be below stage1_steps, 6"),
         ({"stage1_steps": 0, "stage2_steps": 0}, "there is nothing to train"),
         ({"augment": True, "trajectory_cache_gb": 1}, "trajectory_cache_gb is 1.0; it must be 0 with augment"),
-        ({"trajectory_cache_dir": "kept"}, "trajectory_cache_gb must say how large it may become"),
+        ({"trajectory_cache_dir": "kept"}, "trajectory_cache_gb is 0; with trajectory_cache_dir it must be above 0"),
         ({"image_sizes": [4, 9]}, "does not divide into patches of patch_size=2; use 8 or 10 in place of 9"),
         ({"final_image_size": 3}, "use 2 or 4 in place of 3"),
         ({"eval_sizes": [5]}, "use 4 or 6 in place of 5"),
         ({"image_sizes": [4, 4]}, "image_sizes is [4, 4]; it must be one or more different sizes"),
         ({"image_size_shares": [1.0]}, "image_size_shares is [1.0]; it must be a share for each of image_sizes, None"),
         ({"image_sizes": [4], "image_size_shares": [0.0]}, "it must be a share for each of image_sizes, [4]"),
-        ({"image_sizes": [4], "streaming": True}, "it goes with neither image_sizes nor final_image_size"),
+        (
+            {"image_sizes": [4], "streaming": True},
+            "image_sizes is [4] and final_image_size None; both must be none with",
+        ),
         ({"anneal_fraction": 1.5}, "anneal_fraction is 1.5; it must be between 0 and 1"),
         ({"horizon": 0}, "horizon is 0"),
         ({"input_noise": -0.1}, "input_noise is -0.1"),
@@ -911,7 +933,8 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"max_decode_failures": -1}, "max_decode_failures is -1"),
         ({"conditioning_rank": 0}, "conditioning_rank is 0"),
         ({"init": "first", "ffn_type": "swiglu"}, "ffn_type='swiglu' does not fit the teacher's weights"),
-        ({"train_block": 0}, "train_block trains one block in stage 1; it needs stage2_steps 0"),
+        ({"train_block": 0}, "stage2_steps is 6; it must be 0 with train_block, which trains one block in stage 1"),
+        ({"branch_shifts": True}, "depth_conditioning is 'scale'; with branch_shifts it must be 'low_rank'"),
         ({"train_block": 2, "stage2_steps": 0}, "train_block is 2; it must be between 0 and 1"),
         (
             {"elastic": [1]},

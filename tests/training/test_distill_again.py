@@ -159,6 +159,27 @@ def test_another_test_split_is_evaluated_with_the_same_weights(run, monkeypatch)
     assert json.loads((folder / "config.json").read_text()) == config
 
 
+FITTED = {"init": "fitted", "fit_images": 16, "depth_conditioning": "low_rank", "branch_shifts": True}
+GATHERED = FITTED | {"partition": "fitted", "unit_gains": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [GATHERED, FITTED | {"train_block": 1, "stage2_steps": 0}, GATHERED | {"train_block": 0, "stage2_steps": 0}],
+    ids=["gathered units", "one block trained", "one block trained, gathered units"],
+)
+def test_what_a_fit_made_of_the_blocks_is_kept(run, stopped, monkeypatch, changes):
+    whole = run("whole", **changes)
+    stopped(3, **changes)
+    folder = run(**changes)
+    weights = (folder / "model.safetensors").read_bytes()
+    assert weights == (whole / "model.safetensors").read_bytes()
+    assert metrics(folder)["fidelity"] == metrics(whole)["fidelity"]
+    monkeypatch.setattr(distill.Run, "backward", None)
+    run(**changes, test_split="test[12:24]")
+    assert (folder / "model.safetensors").read_bytes() == weights
+
+
 def test_trained_weights_are_on_the_disk_before_the_evaluation(run, monkeypatch, tmp_path):
     def fail(self, **kwargs):
         raise IndexError("index -1 is out of bounds")

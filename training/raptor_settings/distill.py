@@ -79,7 +79,8 @@ class DistillSettings(RunSettings):
     )
     init: Literal["random", "first", "middle", "mean", "fitted"] = setting(
         "random",
-        help="layer of its phase that a block starts from; fitted is the middle one, then fitted to the whole phase",
+        help="layer of its phase that a block starts from; fitted is the middle one, or with unit_gains units of all "
+        "layers, then fitted to the whole phase",
         group="student",
     )
     fit_images: int = setting(
@@ -349,15 +350,20 @@ class DistillSettings(RunSettings):
                 f"trajectory_cache_gb is {self.trajectory_cache_gb}; it must be 0 with augment, as no crop comes again"
             )
         if self.trajectory_cache_dir is not None and not self.trajectory_cache_gb:
-            raise ValueError("trajectory_cache_dir is given; trajectory_cache_gb must say how large it may become")
+            raise ValueError(
+                f"trajectory_cache_gb is {self.trajectory_cache_gb:g}; with trajectory_cache_dir it must be above 0"
+            )
         if not 0 <= self.anneal_fraction <= 1:
             raise ValueError(f"anneal_fraction is {self.anneal_fraction}; it must be between 0 and 1")
-        if self.unit_gains and self.depth_conditioning != "low_rank":
-            raise ValueError(
-                f"depth_conditioning is {self.depth_conditioning!r}; with unit_gains it must be 'low_rank'"
-            )
+        for name in ("branch_shifts", "unit_gains"):
+            if getattr(self, name) and self.depth_conditioning != "low_rank":
+                raise ValueError(
+                    f"depth_conditioning is {self.depth_conditioning!r}; with {name} it must be 'low_rank'"
+                )
         if self.train_block is not None and self.stage2_steps:
-            raise ValueError("train_block trains one block in stage 1; it needs stage2_steps 0")
+            raise ValueError(
+                f"stage2_steps is {self.stage2_steps}; it must be 0 with train_block, which trains one block in stage 1"
+            )
         if self.elastic is not None:
             self._check_elastic()
 
@@ -387,5 +393,6 @@ class DistillSettings(RunSettings):
             raise ValueError(f"image_size_shares is {shares}; it must be a share for each of image_sizes, {sizes}")
         if self.streaming and (sizes or self.final_image_size):
             raise ValueError(
-                "streaming reads images of one size; it goes with neither image_sizes nor final_image_size"
+                f"image_sizes is {sizes} and final_image_size {self.final_image_size}; both must be none with "
+                "streaming, which reads images of one size"
             )

@@ -50,7 +50,7 @@ def main() -> None:
     # with fitted phases a run keeps both the distances and the costs of tying
     fitted = train([*flags, "--partition", "fitted"], arguments.runs_dir / "fitted_0")
     phases = json.loads((arguments.runs_dir / "fitted_0" / "phases.json").read_text(encoding="utf-8"))
-    distance, costs = np.array(phases["distance"]), square(phases["tied_costs"])
+    distance, costs = np.array(phases["distance"]), square(phases["costs"])
     num_blocks = len(phases["blocks"])
     rows = []
     for partition, names in searches(distance, costs, num_blocks, arguments.num_random).items():

@@ -27,7 +27,7 @@ def test_the_page_ranks_partitions_by_their_fidelity_and_says_what_predicts_it(t
         repeats = [int(n) for n in flags[flags.index("--block_repeats") + 1 :][:2]] if "--block_repeats" in flags else 0
         if not repeats:
             folder.mkdir(parents=True)
-            record = {"blocks": [[1, 2], [3, 4, 5]], "tied_costs": costs, "distance": distance}
+            record = {"blocks": [[1, 2], [3, 4, 5]], "costs": costs, "distance": distance}
             (folder / "phases.json").write_text(json.dumps(record))
             repeats = [2, 3]
         cost = sum((n - 1) ** 2 for n in repeats)
