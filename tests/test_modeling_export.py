@@ -14,7 +14,9 @@ from tests.support.tiny_raptors import ALL_CLASSES, HEADS, KINDS, tiny_images, t
 
 def cases(*quick: tuple[type, str]) -> list[Any]:
     """Every class with every kind of block; all but the (class, conditioning) pairs in `quick` are slow tests."""
-    return [
+    of_units = {"block_repeats": (2, 1), "depth_conditioning": "low_rank", "branch_shifts": True, "unit_gains": True}
+    units = [pytest.param(kind, of_units, id=f"{kind.__name__}-units", marks=pytest.mark.slow) for kind in HEADS[:1]]
+    return units + [
         pytest.param(
             model_class,
             {"block_repeats": (2, 1), "depth_conditioning": conditioning, "ffn_type": ffn_type},

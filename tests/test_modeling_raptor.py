@@ -67,6 +67,17 @@ def test_gains_of_units_are_columns_of_the_last_projections(ffn_type, is_trainin
         torch.testing.assert_close(own, expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("pace", ["slower", "faster"])
+def test_gains_of_units_between_two_layers_are_mixed(pace):
+    model = tiny_model(RaptorModel, depth_conditioning="low_rank", unit_gains=True).double()
+    arguments, plan = PLANS[pace]
+    images = tiny_images().double()
+    with torch.no_grad():
+        output = model(images, output_hidden_states=True, **arguments)
+        states, _ = reference_states(model, images, plan)
+    torch.testing.assert_close(list(output.hidden_states), states, rtol=1e-10, atol=1e-10)
+
+
 def test_a_hook_sees_units_before_their_gain_in_training_too():
     model, seen = tiny_model(RaptorModel, depth_conditioning="low_rank", unit_gains=True).train(), []
     model.encoder.blocks[1].ffn.neurons.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
