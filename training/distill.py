@@ -198,7 +198,7 @@ class Run:
         self.evaluated_on: dict[str, Any] = {}
         self.failures: dict[str, str] = {}
         self.pending_log: dict[str, Any] | None = None
-        self.first_loss: float | None = None
+        self.rising: dict[str, float | int | None] = {}
 
     @property
     def student(self) -> nn.Module:
@@ -220,7 +220,7 @@ class Run:
         """Trains one stage, from where the run is."""
         settings, accelerator, num_steps = self.settings, self.accelerator, self.num_steps(stage)
         if self.stage < stage:  # a fresh optimizer for the second stage
-            self.stage, self.step, self.pending_log, self.first_loss = stage, 0, None, None
+            self.stage, self.step, self.pending_log, self.rising = stage, 0, None, {}
             self.optimizer.state.clear()
         self.log = IntervalLog(
             accelerator, num_steps=num_steps, images_per_step=settings.batch_size, log_every=settings.log_every
@@ -232,7 +232,7 @@ class Run:
         rising = RisingLossGuard(
             settings.max_rising_steps,
             num_steps=num_steps,
-            first=self.first_loss,
+            **self.rising,
             factor=RISING_FACTOR,
             harmless=self.harmless_loss(stage),
         )
@@ -262,7 +262,7 @@ class Run:
             # until its forcing is the last one stage 1 has another loss at every step
             if stage == 2 or self.forcing(step) == self.forcing(num_steps - 1):
                 rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
-                self.first_loss = rising.first
+                self.rising = rising.state
             if record := self.log.update(step + 1, losses, lr=lr, num_images=self.num_images(offset + step)):
                 accelerator.log(record, step=offset + step + 1)
             if settings.eval_every and self.step % settings.eval_every == 0 and self.step < num_steps:
@@ -374,7 +374,7 @@ class Run:
             "evaluated_on": self.evaluated_on,
             "failures": self.session.gather_failures(self.failures),
             "fit_seconds": self.fit_seconds,
-            "first_loss": self.first_loss,
+            "rising": self.rising,
             "blocks": [list(layers) for layers in self.student.config.block_layers],
         }
         # a fit has changed the blocks that are not trained, too
@@ -394,7 +394,7 @@ class Run:
         self.fit_seconds = progress.get("fit_seconds", 0.0)
         if progress.get("evaluated_on", evaluated_on) == evaluated_on:  # else those so far are of other images
             self.evaluations = progress["evaluations"]
-        self.first_loss = progress.get("first_loss")
+        self.rising = progress.get("rising", {})
         logger.info("resumed in stage %d after step %d", self.stage, self.step)
 
     def evaluate(self, processor: Any = None, all_paces: bool = False) -> dict[str, Any]:

@@ -197,14 +197,12 @@ class RisingLossGuard:
         max_in_a_row: number of consecutive steps with a loss above the first one's that end a run; 0 lets it go on.
         num_steps: length of the run. Half of it is the limit where that is less than `max_in_a_row`, but at least
             `SHORTEST_RISE`: the rate falls in the second half, where a loss that has risen may come back.
-        first: of a run that goes on, the loss that it began with.
+        first, in_a_row: of a run that goes on, what `state` was.
         factor: how many times the first loss still passes; above 1 where a run begins so well that its first steps at
             the full rate may lose some of it.
         harmless: loss up to which none counts as risen. A run that begins near zero, as from blocks that nearly are the
             teacher's layers, rises to many times that and is still a good one.
 
-    Attributes:
-        first: the loss that the run began with, None before its first step.
     """
 
     def __init__(
@@ -213,12 +211,17 @@ class RisingLossGuard:
         *,
         num_steps: int,
         first: float | None = None,
+        in_a_row: int = 0,
         factor: float = 1.0,
         harmless: float = 0.0,
     ):
         self.max_in_a_row = min(max_in_a_row, max(SHORTEST_RISE, num_steps // 2))
-        self.first, self.factor, self.harmless = first, factor, harmless
-        self._in_a_row = 0
+        self._first, self._in_a_row, self.factor, self.harmless = first, in_a_row, factor, harmless
+
+    @property
+    def state(self) -> dict[str, float | int | None]:
+        """The loss that the run began with, None before its first step, and how many in a row were above it."""
+        return {"first": self._first, "in_a_row": self._in_a_row}
 
     def check(self, step: int, loss: float, lr: float) -> None:
         """Judge one step.
@@ -233,13 +236,13 @@ class RisingLossGuard:
         """
         if not math.isfinite(loss):
             return
-        if self.first is None:
-            self.first = loss
-        self._in_a_row = self._in_a_row + 1 if loss > max(self.factor * self.first, self.harmless) else 0
+        if self._first is None:
+            self._first = loss
+        self._in_a_row = self._in_a_row + 1 if loss > max(self.factor * self._first, self.harmless) else 0
         if self.max_in_a_row and self._in_a_row >= self.max_in_a_row:
             times = "" if self.factor == 1 else f"{self.factor:g} times "
             raise DivergedError(
-                f"the loss is {loss:.3g} at step {step} and has been above {times}the {self.first:.3g} that it began "
+                f"the loss is {loss:.3g} at step {step} and has been above {times}the {self._first:.3g} that it began "
                 f"with for {self._in_a_row} steps: lower learning_rate, which is {lr:.3g} at this step, to a third for "
                 f"a start, or raise warmup_steps; max_rising_steps 0 lets the run go on"
             )

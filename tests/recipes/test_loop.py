@@ -107,6 +107,16 @@ def test_a_loss_that_stays_above_its_start_ends_the_run_and_says_what_to_change(
         guard.check(10, 19.8, lr=0.01)
 
 
+def test_a_guard_goes_on_where_another_was():
+    first = RisingLossGuard(max_in_a_row=3, num_steps=100)
+    assert first.state == {"first": None, "in_a_row": 0}
+    for step, loss in enumerate([2.0, 2.1, 2.2], start=1):
+        first.check(step, loss, lr=0.01)
+    guard = RisingLossGuard(max_in_a_row=3, num_steps=100, **first.state)
+    with pytest.raises(DivergedError, match="above the 2 that it began with for 3 steps"):
+        guard.check(4, 2.3, lr=0.01)
+
+
 def test_a_run_that_begins_near_zero_may_rise_to_a_harmless_loss():
     guard = RisingLossGuard(max_in_a_row=3, num_steps=100, first=0.01, factor=1.5, harmless=0.5)
     for step in range(1, 20):
