@@ -94,7 +94,8 @@ def plot_convergence(
         axes.set(xlabel="optimizer step", title=title)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("R\N{SUPERSCRIPT TWO} of the student's states")
-    panels[1].legend(frameon=False, fontsize=9, loc="lower right")
+    # beside the curves, which may be anywhere
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     return saved(figure, path, dpi=200, tight=True)
 
 
