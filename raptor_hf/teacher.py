@@ -239,7 +239,7 @@ class Teacher(nn.Module):
         """
         arguments = self._image_arguments(pixel_values)
         if FAMILIES[self.family].takes_patches:
-            shape = pixel_values.shape[0], self._num_patches(pixel_values)
+            shape = pixel_values.shape[0], self.num_patches(*pixel_values.shape[-2:])
             arguments["pixel_attention_mask"] = torch.ones(shape, dtype=torch.long, device=pixel_values.device)
         return self.model(self._images(pixel_values), **arguments, **kwargs)
 
@@ -340,11 +340,12 @@ class Teacher(nn.Module):
             return pixel_values
         height, width = as_pair(self.patch_size)
         patches = pixel_values.unfold(2, height, height).unfold(3, width, width)  # (B, C, rows, columns, height, width)
-        return patches.permute(0, 2, 3, 4, 5, 1).reshape(len(pixel_values), self._num_patches(pixel_values), -1)
+        return patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
-    def _num_patches(self, pixel_values: Tensor) -> int:
-        height, width = as_pair(self.patch_size)
-        return (pixel_values.shape[-2] // height) * (pixel_values.shape[-1] // width)
+    def num_patches(self, height: int, width: int) -> int:
+        """Number of patches, P, of an image of so many pixels."""
+        patch_height, patch_width = as_pair(self.patch_size)
+        return (height // patch_height) * (width // patch_width)
 
     def _image_arguments(self, pixel_values: Tensor) -> dict[str, Any]:
         """What the model, and its embeddings alone, are given beside the images."""
@@ -353,7 +354,7 @@ class Teacher(nn.Module):
         if family.must_interpolate and size != as_pair(self.image_size):
             arguments["interpolate_pos_encoding"] = True
         if family.can_mask:
-            noise = torch.arange(self._num_patches(pixel_values), device=pixel_values.device)
+            noise = torch.arange(self.num_patches(*size), device=pixel_values.device)
             arguments["noise"] = noise.expand(len(pixel_values), -1)  # it sorts the patches by this
         if family.takes_patches:
             grid = [pixels // patch for pixels, patch in zip(size, as_pair(self.patch_size), strict=True)]
@@ -403,7 +404,7 @@ class Teacher(nn.Module):
         num_patches = state.shape[1] - self.num_prefix_tokens
         side = math.isqrt(num_patches)
         height, width = (side * patch_height, side * patch_width) if image_size is None else image_size
-        if (height // patch_height) * (width // patch_width) != num_patches:
+        if self.num_patches(height, width) != num_patches:
             raise ValueError(
                 f"image_size={image_size} does not fit a state of {num_patches} patches of {patch_height} x "
                 f"{patch_width} pixels; give the (height, width) of the images, None if they are square"

@@ -251,7 +251,7 @@ class Run:
                 final_lr=settings.final_learning_rate,
             )
             set_learning_rate(self.optimizer, lr)
-            losses = self.backward(stage, batch["pixel_values"], self.forcing(step))
+            losses = self.backward(stage, batch["pixel_values"], self.forcing(stage, step))
             is_finite = is_step_finite(accelerator, losses["loss"], self.clip_gradients(stage))
             if guard.check(step + 1, is_finite, batch["names"]) or accelerator.scaler is not None:
                 self.optimizer.step()
@@ -260,7 +260,7 @@ class Run:
             self.optimizer.zero_grad()
             self.step = step + 1
             # until its forcing is the last one stage 1 has another loss at every step
-            if stage == 2 or self.forcing(step) == self.forcing(num_steps - 1):
+            if self.forcing(stage, step) == self.forcing(stage, num_steps - 1):
                 rising.check(self.step, float(accelerator.reduce(losses["loss"], reduction="mean")), lr)
                 self.rising = rising.state
             if record := self.log.update(step + 1, losses, lr=lr, num_images=self.num_images(offset + step)):
@@ -283,12 +283,10 @@ class Run:
         task = self.accelerator.unwrap_model(self.task)
         if stage == 2:
             return 0.5 * sum(task.stage2_weights or [1.0])
-        # the sum over the blocks that are trained; the weights are those of the last block
-        block, num_blocks = self.settings.train_block, self.student.config.num_blocks
-        last = sum(task.stage1_weights or [1.0])
-        if block is not None:
-            return 0.5 * (last if block == num_blocks - 1 else 1.0)
-        return 0.5 * (num_blocks - 1 + last)
+        # of each block, of which the last one alone has weights; the loss is the sum over those that are trained
+        halves = [0.5] * self.student.config.num_blocks
+        halves[-1] *= sum(task.stage1_weights or [1.0])
+        return sum(halves) if self.settings.train_block is None else halves[self.settings.train_block]
 
     def note_evaluation(self) -> None:
         """Keep the scores of the student as it is now."""
@@ -302,7 +300,10 @@ class Run:
         """Training time until now, of both stages."""
         return self.log.seconds + (self.histories[1][-1]["seconds"] if stage == 2 and self.histories[1] else 0.0)
 
-    def forcing(self, step: int) -> float:
+    def forcing(self, stage: int, step: int) -> float:
+        """The weight of teacher forcing in a step; stage 2 has none."""
+        if stage == 2:
+            return 0.0
         if self.settings.teacher_forcing == "anneal":
             weight = teacher_forcing(step, self.settings.stage1_steps, self.settings.anneal_fraction)
             return max(weight, self.settings.teacher_forcing_floor)

@@ -5,7 +5,6 @@ import copy
 from raptor_settings.distill import DistillSettings
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..configuration_raptor import as_pair
 from ..data.images import check_image_size, resized_processor
 from ..data.sizes import SizedSteps, View, batch_size_at, draw_sizes
 from ..data.transforms import CropFlip
@@ -19,9 +18,7 @@ FURTHER_IMAGES = 128
 
 def num_tokens(processor: BaseImageProcessor, teacher: Teacher) -> int:
     """Number of tokens, T, of the images that a processor gives."""
-    size = check_image_size(processor, teacher.patch_size)
-    rows, columns = (pixels // patch for pixels, patch in zip(size, as_pair(teacher.patch_size), strict=True))
-    return teacher.tokens.num_prefix_tokens + rows * columns
+    return teacher.tokens.num_prefix_tokens + teacher.num_patches(*check_image_size(processor, teacher.patch_size))
 
 
 def sized_steps(

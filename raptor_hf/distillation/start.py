@@ -26,7 +26,7 @@ from ..modeling_raptor import RaptorBlock, RaptorEncoder, RaptorPreTrainedModel,
 from ..recipes.loop import progress_bar
 from ..teacher import Teacher
 from .task import LayerVariance, runs
-from .units import UnitScores, check_units, gather_units, lasting_weights
+from .units import UnitScores, check_units, gather_units, inverse_variance, lasting_weights
 
 # the last projection of each branch, with what the "low_rank" conditioning changes of it
 BRANCHES = {
@@ -199,7 +199,7 @@ def fit_to_teacher(
     was_training = student.training
     student.eval()
     trajectories, positions, variance = run_teacher(teacher, encoder, batches)
-    weights = lasting_weights(variance) if config.unit_gains else 1 / variance.double().clamp(min=1e-30)
+    weights = (lasting_weights if config.unit_gains else inverse_variance)(variance)
     scores = UnitScores() if config.unit_gains else None
     middles = between_branches(teacher, trajectories, positions, scores)
     if scores is not None:

@@ -29,7 +29,7 @@ from .start import (
     watch_branches,
     watch_layers,
 )
-from .units import head_variances, lasting_weights, scaled_projections
+from .units import head_variances, inverse_variance, lasting_weights, scaled_projections
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def tied_costs(teacher: Teacher, batches: Iterable[Tensor], *, ridge: float = 0.
     encoder, block = student.base_model.encoder, student.base_model.encoder.blocks[0]
     block.requires_grad_(False)
     trajectories, positions, variance = run_teacher(teacher, encoder, batches)
-    weights = 1 / variance.double().clamp(min=1e-30)
+    weights = inverse_variance(variance)
     middles = between_branches(teacher, trajectories, positions)
 
     costs, sample = np.full((num_layers, num_layers), np.inf), TokenSample()

@@ -81,6 +81,11 @@ def head_variances(covariance: Tensor, projection: Tensor, num_heads: int) -> Te
     return ((columns @ own) * columns).sum((1, 2))
 
 
+def inverse_variance(variance: Tensor) -> Tensor:
+    """What a squared error in each layer costs, relative to the variance of that layer alone, (L + 1,), float64."""
+    return 1 / variance.double().clamp(min=1e-30)
+
+
 def lasting_weights(variance: Tensor) -> Tensor:
     """What a squared error in each layer costs, relative to the variance of that layer and of all later ones.
 
@@ -92,7 +97,7 @@ def lasting_weights(variance: Tensor) -> Tensor:
     Returns:
         (L + 1,), float64. Entry 0 is what an error in the embedding costs in the layers.
     """
-    inverse = 1 / variance.double().clamp(min=1e-30)
+    inverse = inverse_variance(variance)
     inverse[0] = 0
     return inverse.flip(0).cumsum(0).flip(0)
 

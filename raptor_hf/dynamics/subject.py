@@ -63,7 +63,7 @@ def cautions(
         lines.append("There is no class token: findings about it are of the patches or left out.")
     trained = as_pair(model.image_size)
     if trained != tuple(image_size):
-        before, now = (_num_patches(size, model) for size in (trained, image_size))
+        before, now = (model.num_patches(*size) for size in (trained, image_size))
         lines.append(
             f"Positions are made for {_size(trained)} px and interpolated: {now:,} patches in place of {before:,}, on "
             "which ranks per image and coherence depend."
@@ -80,11 +80,6 @@ def cautions(
         found = "; ".join(f"{name}: {other}" for name, other in others.items())
         lines.append(f"The phases {partition} are a choice, for other searches find others ({found}).")
     return lines
-
-
-def _num_patches(size: tuple[int, int], model: Teacher) -> int:
-    height, width = as_pair(model.patch_size)
-    return (size[0] // height) * (size[1] // width)
 
 
 def _size(size: int | tuple[int, int]) -> str:

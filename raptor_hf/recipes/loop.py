@@ -202,7 +202,6 @@ class RisingLossGuard:
             the full rate may lose some of it.
         harmless: loss up to which none counts as risen. A run that begins near zero, as from blocks that nearly are the
             teacher's layers, rises to many times that and is still a good one.
-
     """
 
     def __init__(
