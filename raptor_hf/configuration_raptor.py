@@ -112,6 +112,7 @@ MAX_PARAMETERS = 10**12
 LARGEST = {
     "hidden_size": 65_536,
     "num_attention_heads": 65_536,
+    "head_dim": 65_536,
     "intermediate_size": 1_048_576,
     "conditioning_rank": 65_536,
     "num_channels": 65_536,
@@ -173,6 +174,9 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Width D of the tokens.
         num_attention_heads (`int`, *optional*, defaults to 12):
             Attention heads per block.
+        head_dim (`int`, *optional*):
+            Width of each head. Defaults to `hidden_size // num_attention_heads`. All heads of a block together may be
+            wider or narrower than the tokens, as `intermediate_size` neurons may be.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"`: linear, `hidden_act`, linear. `"swiglu"`: silu(first half) * second half of a linear, then linear.
         intermediate_size (`int`, *optional*):
@@ -307,6 +311,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     block_schedule: list[int] | tuple[int, ...] | None = None
     hidden_size: int = 768
     num_attention_heads: int = 12
+    head_dim: int | None = None
     ffn_type: str = "mlp"
     intermediate_size: int | None = None
     depth_conditioning: str = "none"
@@ -363,6 +368,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_derived_fields(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
+        if self.head_dim is None and _divides(self.num_attention_heads, self.hidden_size):
+            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.block_layer_norm_eps is None:
             self.block_layer_norm_eps = self.layer_norm_eps
         family = TEACHER_FAMILIES.get(self.embedding_type, {})
@@ -626,6 +633,15 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"depth_conditioning is {self.depth_conditioning!r}; with unit_gains it must be 'low_rank'."
             )
+        if self.head_dim is None:
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            near = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:3]
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
+                f"{self.hidden_size}; nearest that do: {sorted(near)}. Or give head_dim."
+            )
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim is {self.head_dim}; it must be at least 1.")
         num_parameters = self._num_parameters()
         if num_parameters > MAX_PARAMETERS:
             raise ValueError(
@@ -633,13 +649,6 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"{_shortened(self.block_repeats)}, image_size {self.image_size} and patch_size {self.patch_size}: "
                 f"this model would take {4 * num_parameters:.1e} bytes in float32; it must be below "
                 f"{4 * MAX_PARAMETERS:.0e}."
-            )
-        if self.hidden_size % self.num_attention_heads:
-            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
-            near = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:3]
-            raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
-                f"{self.hidden_size}; nearest that do: {sorted(near)}."
             )
         if self.pooling_type == "cls" and not self.has_cls:
             raise ValueError("pooling_type is 'cls', but has_cls is False; it must be 'mean' or 'attention'.")
@@ -649,11 +658,15 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.position_type == "sincos_2d" and self.hidden_size % 4:
             raise ValueError(f"hidden_size is {self.hidden_size}; for position_type 'sincos_2d' it must be 4 * n.")
-        if self.position_type.startswith("rotary") and self.hidden_size // self.num_attention_heads % 4:
+        if self.position_type.startswith("rotary") and self.head_dim % 4:
             raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, whose heads are "
-                f"{self.hidden_size // self.num_attention_heads} wide for hidden_size {self.hidden_size}; for "
-                f"position_type {self.position_type!r} that must be a multiple of 4."
+                f"num_attention_heads is {self.num_attention_heads}, whose heads are {self.head_dim} wide for "
+                f"hidden_size {self.hidden_size}; for position_type {self.position_type!r} that must be a multiple of 4."
+            )
+        if self.pooling_type.startswith("attention") and self.hidden_size % self.head_dim:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; for pooling_type {self.pooling_type!r} it must divide hidden_size "
+                f"{self.hidden_size}."
             )
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
@@ -698,9 +711,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         dim, patch = self.hidden_size, math.prod(as_pair(self.patch_size))
         ffn = self.intermediate_size * (3 if self.ffn_type == "swiglu" else 2)
         positions = math.prod(as_pair(self.image_size)) // max(patch, 1)
-        tables = self.conditioning_rank * (5 * dim + ffn) if self.depth_conditioning == "low_rank" else 0
+        heads = self.num_attention_heads * self.head_dim
+        tables = self.conditioning_rank * (2 * dim + 3 * heads + ffn) if self.depth_conditioning == "low_rank" else 0
         return (
-            dim * (self.num_blocks * (4 * dim + ffn) + positions + self.num_register_tokens + self.num_channels * patch)
+            dim
+            * (self.num_blocks * (4 * heads + ffn) + positions + self.num_register_tokens + self.num_channels * patch)
             + self.num_hidden_layers * tables
         )
 
@@ -850,6 +865,10 @@ def _shortened(value: Any) -> str:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _divides(divisor: Any, number: Any) -> bool:
+    return _is_count(divisor) and _is_count(number) and number % divisor == 0
 
 
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

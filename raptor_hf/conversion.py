@@ -41,6 +41,7 @@ BLOCK_FIELDS = (
     "intermediate_size",
     "hidden_act",
     "num_attention_heads",
+    "head_dim",
     "qkv_bias",
     "proj_bias",
     "ffn_bias",
@@ -236,7 +237,7 @@ def _student_config(
     if teacher.classifier_state_dict() is not None:
         fields += ("num_labels",)
     if heads.get("pooling_type"):
-        fields += ("pooling_type", "pooling_intermediate_size", "num_attention_heads", "hidden_act", "qkv_bias")
+        fields += ("pooling_type", "pooling_intermediate_size", "head_dim", "hidden_act", "qkv_bias")
     for name in fields:
         value, expected = getattr(config, name), getattr(unchanged, name)
         if value != expected:
@@ -310,6 +311,12 @@ def _plain_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
         raise ValueError(
             f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
             f"{_title(family)} has one epsilon for all norms"
+        )
+    width = config.num_attention_heads * config.head_dim
+    if width != config.hidden_size:
+        raise ValueError(
+            f"num_attention_heads={config.num_attention_heads}, of head_dim={config.head_dim}, cannot become "
+            f"{_title(family)}, whose heads are together as wide as the tokens, hidden_size={config.hidden_size}"
         )
     if FAMILIES[family].plain_fields is None:
         raise ValueError(f"embedding_type={family!r} cannot become a plain model: transformers cannot make one of timm")

@@ -249,7 +249,7 @@ class RaptorRotaryPositions(nn.Module):
         super().__init__()
         self.patch_size = as_pair(config.patch_size)
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.quarter = config.hidden_size // config.num_attention_heads // 4
+        self.quarter = config.head_dim // 4
         self.theta = config.rope_theta
         self.by_index = config.position_type == "rotary_2d_index"
         self.cls_angles = nn.Parameter(torch.zeros(1, 2 * self.quarter)) if self.by_index and config.has_cls else None
@@ -262,7 +262,7 @@ class RaptorRotaryPositions(nn.Module):
             image_size (`tuple[int, int]`): height and width in pixels.
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: cosines and sines, each (T, D / heads / 2), computed in float32.
+            `tuple[torch.Tensor, torch.Tensor]`: cosines and sines, each (T, head_dim / 2), computed in float32.
         """
         height, width = (pixels // patch for pixels, patch in zip(image_size, self.patch_size, strict=True))
         frequencies = 1 / self.theta ** (torch.arange(self.quarter, dtype=torch.float32, device=device) / self.quarter)
@@ -447,9 +447,10 @@ class LowRankConditioner(TableConditioner):
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__(config, block)
         steps, dim, rank = config.block_repeats[block], config.hidden_size, config.conditioning_rank
+        heads_width = config.num_attention_heads * config.head_dim
         ffn_width = config.intermediate_size * (2 if config.ffn_type == "swiglu" else 1)
         self.qkv_down = nn.Parameter(torch.zeros(steps, rank, dim))
-        self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * dim, rank))
+        self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * heads_width, rank))
         self.ffn_down = nn.Parameter(torch.zeros(steps, rank, dim))
         self.ffn_up = nn.Parameter(torch.zeros(steps, ffn_width, rank))
         if config.norm_type == "rms_norm":
@@ -460,7 +461,7 @@ class LowRankConditioner(TableConditioner):
         if config.unit_gains:
             self.vectors += ("heads_gain", "neurons_gain")
         for name in self.vectors:
-            size = config.intermediate_size if name == "neurons_gain" else dim
+            size = {"heads_gain": heads_width, "neurons_gain": config.intermediate_size}.get(name, dim)
             self.register_parameter(name, nn.Parameter(torch.zeros(steps, size)))
 
     def mix(self, low: StepModulation, high: StepModulation, weight: float) -> StepModulation:
@@ -591,7 +592,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out, for transformers' attention interface: (B, heads, T, D / heads) to (B, T, heads, ...)."""
+    """Attention written out, for transformers' attention interface: (B, heads, T, head_dim) to (B, T, heads, ...)."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling
     weights = nn.functional.softmax(weights, dim=-1)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -605,18 +606,20 @@ class RaptorAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.head_dim = config.head_dim
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
+        # of all heads side by side
+        width = self.num_heads * self.head_dim
         # query, key and value, stacked in this order
-        self.qkv = _linear(config.hidden_size, 3 * config.hidden_size, "qkv", bias=config.qkv_bias and config.key_bias)
+        self.qkv = _linear(config.hidden_size, 3 * width, "qkv", bias=config.qkv_bias and config.key_bias)
         # a bias of queries and values alone is beside the layer, which stays a plain one
         has_own = config.qkv_bias and not config.key_bias
-        self.query_bias = nn.Parameter(torch.zeros(config.hidden_size)) if has_own else None
-        self.value_bias = nn.Parameter(torch.zeros(config.hidden_size)) if has_own else None
+        self.query_bias = nn.Parameter(torch.zeros(width)) if has_own else None
+        self.value_bias = nn.Parameter(torch.zeros(width)) if has_own else None
         self.heads = RaptorUnitGain()
-        self.proj = _linear(config.hidden_size, config.hidden_size, "proj", bias=config.proj_bias)
+        self.proj = _linear(width, config.hidden_size, "proj", bias=config.proj_bias)
 
     def forward(
         self,
@@ -628,7 +631,7 @@ class RaptorAttention(nn.Module):
         positions: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch, tokens, dim = hidden_states.shape
+        batch, tokens, _ = hidden_states.shape
         qkv = _low_rank(self.qkv, hidden_states, up, down).view(batch, tokens, 3, self.num_heads, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
         if self.query_bias is not None:
@@ -646,7 +649,7 @@ class RaptorAttention(nn.Module):
                 # on CPUs the backward pass of attention in bfloat16 is many times slower than that in float32
                 query, key, value = query.float(), key.float(), value.float()
             context, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
-        context = context.reshape(batch, tokens, dim).to(dtype)
+        context = context.reshape(batch, tokens, -1).to(dtype)
         return _scaled(self.proj, context, scale, self.heads, gain), weights
 
 
@@ -1197,7 +1200,8 @@ class RaptorPooling(nn.Module):
     def __init__(self, config: RaptorConfig) -> None:
         super().__init__()
         dim, self.kind = config.hidden_size, config.pooling_type
-        self.num_prefix_tokens, self.num_heads = config.num_prefix_tokens, config.num_attention_heads
+        # as many as the teacher's layers have, whatever the blocks have
+        self.num_prefix_tokens, self.num_heads = config.num_prefix_tokens, dim // config.head_dim
         self.query = self.key_value = self.proj = self.fc1 = self.fc2 = None
         if self.kind.startswith("attention"):
             self.query = nn.Parameter(torch.zeros(1, 1, dim))

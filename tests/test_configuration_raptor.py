@@ -199,6 +199,10 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": 24.0}, r"hidden_size.*24\.0"),
     ({"num_attention_heads": 0}, "num_attention_heads is 0"),
     ({"num_attention_heads": 5}, r"num_attention_heads is 5, .* hidden_size 24; nearest that do: \[3, 4, 6\]"),
+    ({"head_dim": 0}, "head_dim is 0; it must be at least 1"),
+    ({"head_dim": 10**9}, "head_dim is 1000000000; it must be at most 65536"),
+    ({"head_dim": 6, "position_type": "rotary_2d"}, "heads are 6 wide .* must be a multiple of 4"),
+    ({"head_dim": 7, "pooling_type": "attention"}, "head_dim is 7; .* it must divide hidden_size 24"),
     ({"ffn_type": "glu"}, "ffn_type is 'glu'; it must be one of mlp, swiglu"),
     ({"hidden_act": "gelo"}, "hidden_act is 'gelo'; it must be one of .*gelu"),
     ({"intermediate_size": 0}, "intermediate_size is 0"),
@@ -328,7 +332,7 @@ HUGE: list[tuple[dict[str, Any], str]] = [
     ({"num_channels": 10**9}, "num_channels is 1000000000"),
     ({"conditioning_rank": 10**9}, "conditioning_rank is 1000000000"),
     ({"image_size": 65536, "patch_size": 1, "hidden_size": 3072}, r"this model would take 5\.3e\+13 bytes in float32"),
-    ({"hidden_size": 49152, "block_repeats": [1] * 200}, "this model would take .* bytes in float32"),
+    ({"hidden_size": 49152, "head_dim": None, "block_repeats": [1] * 200}, "this model would take .* bytes in float32"),
 ]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from raptor_hf import (
     RaptorBackbone,
@@ -32,6 +33,7 @@ from tests.support.tiny_models import (
     randomize,
     tiny_dinov2,
 )
+from tests.support.tiny_vits import vit_fields
 
 DATA = Path(os.environ.get("RAPTOR_DATA", Path(__file__).parents[2] / "shared" / "data"))
 UNTIED = (1,) * NUM_LAYERS
@@ -214,6 +216,19 @@ def test_random_blocks_may_differ_from_the_teachers():
     assert student_from_teacher(tiny_dinov2(), (3, 1)).encoder.blocks[0].norm1.eps == 1e-6
 
 
+def test_pooling_keeps_the_teachers_heads_whatever_the_blocks_have():
+    model = randomize(SiglipVisionModel(SiglipVisionConfig(**vit_fields("siglip_vision_model")))).eval()
+    teacher, pixel_values = Teacher(model), images((28, 28))
+    assert teacher.hidden_size == 8 * teacher.num_heads
+    size = {"num_attention_heads": teacher.num_heads + 2, "head_dim": 8}
+    student = student_from_teacher(model, UNTIED, **size).eval()
+    with torch.no_grad():
+        pooled = student.pooling(student.layernorm(teacher.trajectory(pixel_values)[:, -1]))
+        torch.testing.assert_close(pooled, model(pixel_values).pooler_output, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="head_dim=4 does not fit the teacher's weights, which need 8"):
+        student_from_teacher(model, (3, 1), head_dim=4)
+
+
 @pytest.mark.parametrize("num_labels", [None, 3])
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -296,6 +311,10 @@ safetensors.torch.save_file(outputs, "outputs.safetensors")
         ({"depth_conditioning": "scale"}, "'scale' cannot become DINOv2: it scales the tokens"),
         ({"depth_conditioning": "embedding"}, "'embedding' cannot become DINOv2: it adds a vector"),
         ({"block_layer_norm_eps": 1e-5}, "block_layer_norm_eps=1e-05 differs from layer_norm_eps=1e-06"),
+        (
+            {"num_attention_heads": 4, "head_dim": 8},
+            "num_attention_heads=4, of head_dim=8, cannot become DINOv2, .* hidden_size=24",
+        ),
         ({"intermediate_size": 40}, r"intermediate_size=40 .* nearest that are: \[24, 48\]"),
         ({"intermediate_size": 40, "ffn_type": "swiglu"}, r"intermediate_size=40 .* nearest that are: \[16, 32, 48\]"),
     ],

@@ -107,7 +107,9 @@ def mean_costs(
     began = time.perf_counter()
     with accelerator.autocast():
         if settings.unit_gains:
-            costs = gathered_costs(teacher, batches, width=settings.intermediate_size)
+            costs = gathered_costs(
+                teacher, batches, width=settings.intermediate_size, num_heads=settings.num_attention_heads
+            )
         else:
             costs = tied_costs(teacher, batches)
     costs = torch.tensor(costs, device=accelerator.device)

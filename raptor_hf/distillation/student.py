@@ -66,6 +66,12 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
         "block_layer_norm_eps": settings.block_layer_norm_eps,
     }
     overrides = {name: value for name, value in wanted.items() if value is not None}
+    if settings.num_attention_heads is not None:
+        # each as wide as the teacher's
+        overrides |= {
+            "num_attention_heads": settings.num_attention_heads,
+            "head_dim": teacher.hidden_size // teacher.num_heads,
+        }
     # the trajectory to learn is that of a teacher without dropout or dropped paths, whatever it was trained with
     overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     # a fit begins with the middle layers, or with blocks that it fills with units of all layers

@@ -107,7 +107,12 @@ def _layer_sums(
 
 @torch.no_grad()
 def gathered_costs(
-    teacher: Teacher, batches: Iterable[Tensor], *, width: int | None = None, ridge: float = 0.01
+    teacher: Teacher,
+    batches: Iterable[Tensor],
+    *,
+    width: int | None = None,
+    num_heads: int | None = None,
+    ridge: float = 0.01,
 ) -> np.ndarray:
     """Returns the cost of every run of layers as one block that gathers their units, as `units.gather_units` does.
 
@@ -120,6 +125,7 @@ def gathered_costs(
         batches: of pixel values, (B, C, H, W), on the device; 64 photographs are enough. Their trajectories are kept
             in memory.
         width: neurons of a block; None takes those of the teacher's layers.
+        num_heads: heads of a block; None takes those of the teacher's layers.
         ridge: added to the units' covariance, relative to its mean diagonal.
 
     Returns:
@@ -138,13 +144,13 @@ def gathered_costs(
             chosen = sample(seen["middle"])
             heads.append(seen["attention"][:, chosen].flatten(0, 1))
             neurons.append(seen["ffn"][:, chosen].flatten(0, 1))
-        projections, num_heads = scaled_projections(block.state_dict()), block.attention.num_heads
-        attention = _lost_by_heads(_covariance(heads, ridge), projections[0], num_heads)
+        projections, own_heads = scaled_projections(block.state_dict()), block.attention.num_heads
+        attention = _lost_by_heads(_covariance(heads, ridge), projections[0], own_heads)
         covariance, projection = _covariance(neurons, ridge), projections[1]
         order = (covariance.diagonal() * projection.square().sum(0)).argsort(descending=True)
         for run in range(1, num_layers + 1):
             kept = order[: (width or len(order)) // run]
-            lost[layer - 1, run - 1] = np.interp(num_heads / run, range(num_heads + 1), attention)
+            lost[layer - 1, run - 1] = np.interp((num_heads or own_heads) / run, range(own_heads + 1), attention)
             lost[layer - 1, run - 1] += _lost(covariance, projection, kept)
     weights = lasting_weights(variance)[1:].cpu().numpy() / teacher.hidden_size
     costs = np.full((num_layers, num_layers), np.inf)

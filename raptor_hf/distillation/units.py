@@ -103,7 +103,7 @@ def lasting_weights(variance: Tensor) -> Tensor:
 
 
 def check_units(teacher: Teacher, config: RaptorConfig) -> None:
-    """Refuses a student whose blocks differ from the teacher's layers in more than their width.
+    """Refuses a student whose blocks differ from the teacher's layers in more than their number of units.
 
     Raises:
         ValueError: if they do, or the teacher's layers cannot become blocks.
@@ -112,7 +112,7 @@ def check_units(teacher: Teacher, config: RaptorConfig) -> None:
     own = RaptorConfig.from_teacher(teacher.config, (teacher.num_layers,))
     for name in BLOCK_FIELDS:
         value, expected = getattr(config, name), getattr(own, name)
-        if name != "intermediate_size" and value != expected:
+        if name not in ("intermediate_size", "num_attention_heads") and value != expected:
             raise ValueError(f"{name} is {value!r}; to take units of the teacher's layers it must be {expected!r}")
 
 
@@ -121,8 +121,8 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
     """Fills a block with the most important heads and neurons of the layers of its phase, in place.
 
     Every step starts with the norms of its own layer, and with the gates `OWN_GATE` and `OTHER_GATE`. LayerScale
-    becomes one. The biases of the last projections become zero, for a fit to replace them. Neurons of a block that is
-    wider than all layers of its phase keep the first weights that they have, and add nothing.
+    becomes one. The biases of the last projections become zero, for a fit to replace them. Units of a block that has more
+    than all layers of its phase keep the first weights that they have, and add nothing.
 
     Args:
         teacher: of a family whose layers can become blocks.
@@ -134,9 +134,11 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
     target: RaptorBlock = encoder.blocks[block]
     tables: nn.Module = encoder.conditioners[block]
     config, layers = encoder.config, encoder.config.block_layers[block]
-    heads = _best([scores.heads(layer, config.num_attention_heads) * weights[layer] for layer in layers])
+    size = config.head_dim
+    heads = _best(
+        [scores.heads(layer, teacher.num_heads) * weights[layer] for layer in layers], config.num_attention_heads
+    )
     neurons = _best([scores.neurons(layer) * weights[layer] for layer in layers], config.intermediate_size)
-    size = config.hidden_size // config.num_attention_heads
     channels = [(own[:, None] * size + torch.arange(size, device=own.device)).flatten() for own in heads]
 
     # a step that stands for several layers of the teacher's model starts with the last of them
@@ -175,11 +177,11 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
             table[step, : len(owner)] = torch.where(owner == step, OWN_GATE, OTHER_GATE) - 1
 
 
-def _best(scores: list[Tensor], number: int | None = None) -> list[Tensor]:
-    """Indices, by layer, of the best `number` of all layers' units; None takes as many as one layer has."""
+def _best(scores: list[Tensor], number: int) -> list[Tensor]:
+    """Indices, by layer, of the best `number` of all layers' units."""
     scores = torch.stack(scores)
     chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    chosen[scores.flatten().topk(min(number or scores.shape[1], scores.numel())).indices] = True
+    chosen[scores.flatten().topk(min(number, scores.numel())).indices] = True
     return [own.nonzero()[:, 0] for own in chosen.view(scores.shape)]
 
 

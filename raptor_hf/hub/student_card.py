@@ -172,7 +172,7 @@ def _facts(metrics: StudentMetrics, config: RaptorConfig) -> list[tuple[str, str
     facts = [
         ("blocks", partition),
         ("phases", ", ".join(_layers(layers) for layers in config.block_layers)),
-        ("width, heads", f"{config.hidden_size}, {config.num_attention_heads}"),
+        ("width, heads", f"{config.hidden_size}, {config.num_attention_heads} of {config.head_dim}"),
         ("FFN", f"{config.ffn_type}, {config.intermediate_size} wide"),
         (
             "depth conditioning",

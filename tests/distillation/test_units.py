@@ -7,7 +7,7 @@ import torch
 from raptor_hf import RaptorConfig
 from raptor_hf.conversion import student_from_teacher
 from raptor_hf.distillation import tied_costs
-from raptor_hf.distillation.start import NormalEquations, fit_to_teacher
+from raptor_hf.distillation.start import NormalEquations, between_branches, fit_to_teacher, run_teacher
 from raptor_hf.distillation.tied_costs import gathered_costs
 from raptor_hf.distillation.units import OTHER_GATE, UnitScores, gather_units, lasting_weights
 from raptor_hf.phases import cheapest_phases
@@ -33,6 +33,14 @@ def units_of(teacher: Teacher, layer: int, pixel_values: torch.Tensor) -> list[t
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def fit_scores(teacher: Teacher, student: torch.nn.Module, pixel_values: torch.Tensor) -> UnitScores:
+    """As `fit_to_teacher` counts them, for any family."""
+    scores, encoder = UnitScores(), student.base_model.encoder
+    trajectories, positions, _ = run_teacher(teacher, encoder, [pixel_values])
+    between_branches(teacher, trajectories, positions, scores)
+    return scores
 
 
 def scores_of(teacher: Teacher, pixel_values: torch.Tensor) -> UnitScores:
@@ -158,15 +166,49 @@ def test_units_of_all_layers_are_a_nearer_start_than_those_of_the_middle_one(swi
     assert losses[1] < losses[0]
 
 
-def test_neurons_beyond_those_of_all_layers_add_nothing_at_the_start():
+@pytest.mark.parametrize("family", ["dinov2", "swiglu", "vit", "dinov3_vit", "beit"])
+def test_blocks_with_all_units_of_all_their_layers_are_the_teacher(family):
+    if family in ("dinov2", "swiglu"):
+        teacher = Teacher(tiny_dinov2("dinov2", use_swiglu_ffn=family == "swiglu"))
+    else:
+        teacher = Teacher(tiny_vit(family))
+    pixel_values = images((28, 28), batch=4)
+    one = student_from_teacher(teacher, (4,)).config
+    size = {"num_attention_heads": 4 * one.num_attention_heads, "head_dim": one.head_dim}
+    student = student_from_teacher(teacher, (4,), intermediate_size=4 * one.intermediate_size, **size, **GATHERING)
+    # a fit with nothing left to gain: each step weighs its own units alone, and shifts stand for the lost biases
+    encoder = student.base_model.encoder
+    gather_units(teacher, encoder, 0, fit_scores(teacher, student, pixel_values), torch.ones(5))
+    tables = encoder.conditioners[0]
+    with torch.no_grad():
+        for table in (tables.heads_gain, tables.neurons_gain):
+            table.copy_(torch.where(table == 0, 0.0, -1.0))
+        for step in range(4):
+            own = teacher.block_state_dict(step + 1)
+            for number, branch, projection in ((1, "attention", "attention.proj"), (2, "ffn", "ffn.fc2")):
+                shift = own.get(f"{projection}.bias", torch.zeros(())) * own[f"layer_scale{number}.lambda1"]
+                getattr(tables, f"{branch}_shift")[step] = shift
+    states = teacher.trajectory(pixel_values)
+    torch.testing.assert_close(states_of(student, pixel_values), states, atol=1e-4, rtol=1e-4)
+
+
+def test_units_beyond_those_of_all_layers_add_nothing_at_the_start():
     teacher = Teacher(tiny_dinov2())
-    width = teacher.block_state_dict(1)["ffn.fc1.bias"].shape[0]
-    student = student_from_teacher(teacher, (3, 1), intermediate_size=width + 4, **GATHERING)
+    own = RaptorConfig.from_teacher(teacher.config, (4,))
+    width, heads = own.intermediate_size, own.hidden_size
+    size = {"num_attention_heads": own.num_attention_heads + 1, "head_dim": own.head_dim}
+    student = student_from_teacher(teacher, (3, 1), intermediate_size=width + 4, **size, **GATHERING)
     scores = scores_of(teacher, images((28, 28), batch=4))
     gather_units(teacher, student.base_model.encoder, 1, scores, torch.ones(5))
     block = student.base_model.encoder.blocks[1]
-    assert not block.ffn.fc2.weight[:, width:].any() and block.ffn.fc1.weight[width:].any()
+    for first, last, number in (
+        (block.ffn.fc1, block.ffn.fc2, width),
+        (block.attention.qkv, block.attention.proj, heads),
+    ):
+        assert not last.weight[:, number:].any() and first.weight[-1].any()
     assert torch.equal(block.ffn.fc1.weight[:width], teacher.block_state_dict(4)["ffn.fc1.weight"])
+    queries = block.attention.qkv.weight.chunk(3)[0][:heads]
+    assert torch.equal(queries, teacher.block_state_dict(4)["attention.qkv.weight"].chunk(3)[0])
 
 
 def test_costs_of_gathering_follow_their_definition():
@@ -204,11 +246,16 @@ def test_a_layer_without_any_active_unit_has_costs_too():
     assert np.isfinite(costs[np.triu_indices(4)]).all()
 
 
-def test_wider_blocks_lose_less():
+def test_blocks_of_more_units_lose_less():
     teacher, batches = Teacher(tiny_dinov2()), [images((28, 28), batch=6)]
-    width = RaptorConfig.from_teacher(teacher.config, (4,)).intermediate_size
-    narrow, wide = gathered_costs(teacher, batches), gathered_costs(teacher, batches, width=2 * width)
-    assert wide[0, 3] < narrow[0, 3]
+    config = RaptorConfig.from_teacher(teacher.config, (4,))
+    size = {"width": config.intermediate_size, "num_heads": config.num_attention_heads}
+    own = gathered_costs(teacher, batches)
+    assert np.array_equal(own, gathered_costs(teacher, batches, **size))
+    for name, number in size.items():
+        assert gathered_costs(teacher, batches, **{name: 2 * number})[0, 3] < own[0, 3]
+    everything = gathered_costs(teacher, batches, **{name: 4 * number for name, number in size.items()})
+    assert everything[0, 3] < 1e-6
 
 
 def test_covariances_of_units_are_of_full_precision_under_autocast():
@@ -231,7 +278,7 @@ def test_a_branch_that_adds_nothing_in_its_whole_phase_is_fitted_too(number):
     assert normalised_loss(teacher, student, pixel_values) < 0.1
 
 
-@pytest.mark.parametrize("field, value", [("ffn_type", "mlp"), ("num_attention_heads", 2), ("qkv_bias", False)])
+@pytest.mark.parametrize("field, value", [("ffn_type", "mlp"), ("head_dim", 4), ("qkv_bias", False)])
 def test_units_of_layers_of_another_kind_are_refused(field, value):
     teacher = Teacher(tiny_dinov2(use_swiglu_ffn=True))
     student = student_from_teacher(teacher, (3, 1), **GATHERING, **{field: value})

@@ -165,7 +165,11 @@ GATHERED = FITTED | {"partition": "fitted", "unit_gains": True}
 
 @pytest.mark.parametrize(
     "changes",
-    [GATHERED, FITTED | {"train_block": 1, "stage2_steps": 0}, GATHERED | {"train_block": 0, "stage2_steps": 0}],
+    [
+        GATHERED | {"num_attention_heads": 3},
+        FITTED | {"train_block": 1, "stage2_steps": 0},
+        GATHERED | {"train_block": 0, "stage2_steps": 0},
+    ],
     ids=["gathered units", "one block trained", "one block trained, gathered units"],
 )
 def test_what_a_fit_made_of_the_blocks_is_kept(run, stopped, monkeypatch, changes):
@@ -175,6 +179,8 @@ def test_what_a_fit_made_of_the_blocks_is_kept(run, stopped, monkeypatch, change
     weights = (folder / "model.safetensors").read_bytes()
     assert weights == (whole / "model.safetensors").read_bytes()
     assert metrics(folder)["fidelity"] == metrics(whole)["fidelity"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_attention_heads"] == changes.get("num_attention_heads", 2) and config["head_dim"] == 8
     monkeypatch.setattr(distill.Run, "backward", None)
     run(**changes, test_split="test[12:24]")
     assert (folder / "model.safetensors").read_bytes() == weights

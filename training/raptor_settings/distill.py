@@ -102,6 +102,13 @@ class DistillSettings(RunSettings):
     ffn_type: Literal["mlp", "swiglu"] | None = setting(
         None, help="kind of feed-forward network; none takes the teacher's", group="student"
     )
+    num_attention_heads: int | None = setting(
+        None,
+        help="attention heads of a block, each as wide as the teacher's; none takes the teacher's number",
+        group="student",
+        above=0,
+        at_most=65_536,
+    )
     intermediate_size: int | None = setting(
         None,
         help="width of the feed-forward network; none takes the teacher's",
