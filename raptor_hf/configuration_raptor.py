@@ -661,7 +661,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.position_type.startswith("rotary") and self.head_dim % 4:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, whose heads are {self.head_dim} wide for "
-                f"hidden_size {self.hidden_size}; for position_type {self.position_type!r} that must be a multiple of 4."
+                f"hidden_size {self.hidden_size}; for position_type {self.position_type!r} that must be a multiple of "
+                "4."
             )
         if self.pooling_type.startswith("attention") and self.hidden_size % self.head_dim:
             raise ValueError(

@@ -121,8 +121,8 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
     """Fills a block with the most important heads and neurons of the layers of its phase, in place.
 
     Every step starts with the norms of its own layer, and with the gates `OWN_GATE` and `OTHER_GATE`. LayerScale
-    becomes one. The biases of the last projections become zero, for a fit to replace them. Units of a block that has more
-    than all layers of its phase keep the first weights that they have, and add nothing.
+    becomes one. The biases of the last projections become zero, for a fit to replace them. Where a block has more units
+    than all layers of its phase, the rest keep the first weights that they have, and add nothing.
 
     Args:
         teacher: of a family whose layers can become blocks.
