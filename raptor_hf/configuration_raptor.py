@@ -175,8 +175,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         num_attention_heads (`int`, *optional*, defaults to 12):
             Attention heads per block.
         head_dim (`int`, *optional*):
-            Width of each head. Defaults to `hidden_size // num_attention_heads`. All heads of a block together may be
-            wider or narrower than the tokens, as `intermediate_size` neurons may be.
+            Width of each head. `None`: `hidden_size // num_attention_heads`. With a width of their own, all heads of a
+            block together may be wider or narrower than the tokens.
         ffn_type (`str`, *optional*, defaults to `"mlp"`):
             `"mlp"`: linear, `hidden_act`, linear. `"swiglu"`: silu(first half) * second half of a linear, then linear.
         intermediate_size (`int`, *optional*):
@@ -263,8 +263,8 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             `"none"`.
         pooling_type (`str`, *optional*):
             What `pooler_output` is: the `"cls"` token, the `"mean"` patch, `"attention"` of a learned query to all
-            tokens, or `"attention_mlp"`, that with a residual FFN after it. Defaults to the first, without a cls token
-            to the second.
+            tokens with `hidden_size // head width` heads, or `"attention_mlp"`, that with a residual FFN after it.
+            Defaults to the first, without a cls token to the second.
         pooling_intermediate_size (`int`, *optional*):
             Inner width of the FFN of `"attention_mlp"`. Defaults to `intermediate_size`.
         classifier_input (`str`, *optional*):
@@ -368,8 +368,6 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         self._refuse_derived_fields(kwargs)
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
-        if self.head_dim is None and _divides(self.num_attention_heads, self.hidden_size):
-            self.head_dim = self.hidden_size // self.num_attention_heads
         if self.block_layer_norm_eps is None:
             self.block_layer_norm_eps = self.layer_norm_eps
         family = TEACHER_FAMILIES.get(self.embedding_type, {})
@@ -402,6 +400,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
     def num_hidden_layers(self) -> int:
         """Number of steps L: the sum of `block_repeats`."""
         return sum(self.block_repeats)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head: `head_dim`, or an equal share of the tokens' width."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def num_blocks(self) -> int:
@@ -633,22 +636,22 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"depth_conditioning is {self.depth_conditioning!r}; with unit_gains it must be 'low_rank'."
             )
-        if self.head_dim is None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             near = sorted(divisors, key=lambda n: abs(n - self.num_attention_heads))[:3]
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which does not divide hidden_size "
                 f"{self.hidden_size}; nearest that do: {sorted(near)}. Or give head_dim."
             )
-        if self.head_dim < 1:
+        if self.head_dim is not None and self.head_dim < 1:
             raise ValueError(f"head_dim is {self.head_dim}; it must be at least 1.")
         num_parameters = self._num_parameters()
         if num_parameters > MAX_PARAMETERS:
             raise ValueError(
-                f"hidden_size is {self.hidden_size}, with intermediate_size {self.intermediate_size}, block_repeats "
-                f"{_shortened(self.block_repeats)}, image_size {self.image_size} and patch_size {self.patch_size}: "
-                f"this model would take {4 * num_parameters:.1e} bytes in float32; it must be below "
-                f"{4 * MAX_PARAMETERS:.0e}."
+                f"hidden_size is {self.hidden_size}, with {self.num_attention_heads} heads of {self.head_size}, "
+                f"intermediate_size {self.intermediate_size}, block_repeats {_shortened(self.block_repeats)}, "
+                f"image_size {self.image_size} and patch_size {self.patch_size}: this model would take "
+                f"{4 * num_parameters:.1e} bytes in float32; it must be below {4 * MAX_PARAMETERS:.0e}."
             )
         if self.pooling_type == "cls" and not self.has_cls:
             raise ValueError("pooling_type is 'cls', but has_cls is False; it must be 'mean' or 'attention'.")
@@ -658,13 +661,13 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.position_type == "sincos_2d" and self.hidden_size % 4:
             raise ValueError(f"hidden_size is {self.hidden_size}; for position_type 'sincos_2d' it must be 4 * n.")
-        if self.position_type.startswith("rotary") and self.head_dim % 4:
+        if self.position_type.startswith("rotary") and self.head_size % 4:
             raise ValueError(
-                f"num_attention_heads is {self.num_attention_heads}, whose heads are {self.head_dim} wide for "
-                f"hidden_size {self.hidden_size}; for position_type {self.position_type!r} that must be a multiple of "
-                "4."
+                f"num_attention_heads is {self.num_attention_heads}, whose heads are {self.head_size} wide for "
+                f"hidden_size {self.hidden_size} and head_dim {self.head_dim}; for position_type "
+                f"{self.position_type!r} that must be a multiple of 4."
             )
-        if self.pooling_type.startswith("attention") and self.hidden_size % self.head_dim:
+        if self.pooling_type.startswith("attention") and self.hidden_size % self.head_size:
             raise ValueError(
                 f"head_dim is {self.head_dim}; for pooling_type {self.pooling_type!r} it must divide hidden_size "
                 f"{self.hidden_size}."
@@ -712,7 +715,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         dim, patch = self.hidden_size, math.prod(as_pair(self.patch_size))
         ffn = self.intermediate_size * (3 if self.ffn_type == "swiglu" else 2)
         positions = math.prod(as_pair(self.image_size)) // max(patch, 1)
-        heads = self.num_attention_heads * self.head_dim
+        heads = self.num_attention_heads * self.head_size
         tables = self.conditioning_rank * (2 * dim + 3 * heads + ffn) if self.depth_conditioning == "low_rank" else 0
         return (
             dim
@@ -866,10 +869,6 @@ def _shortened(value: Any) -> str:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _divides(divisor: Any, number: Any) -> bool:
-    return _is_count(divisor) and _is_count(number) and number % divisor == 0
 
 
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -41,7 +41,7 @@ BLOCK_FIELDS = (
     "intermediate_size",
     "hidden_act",
     "num_attention_heads",
-    "head_dim",
+    "head_size",
     "qkv_bias",
     "proj_bias",
     "ffn_bias",
@@ -232,18 +232,21 @@ def _student_config(
     config = RaptorConfig.from_teacher(teacher.config, block_repeats, **(heads | overrides))
     unchanged = RaptorConfig.from_teacher(teacher.config, block_repeats, **heads)
     fields = SHARED_FIELDS
-    if init != "random":
-        fields += BLOCK_FIELDS
+    fields_of_layers = BLOCK_FIELDS if init != "random" else ()
+    fields += fields_of_layers
     if teacher.classifier_state_dict() is not None:
         fields += ("num_labels",)
     if heads.get("pooling_type"):
-        fields += ("pooling_type", "pooling_intermediate_size", "head_dim", "hidden_act", "qkv_bias")
+        fields += ("pooling_type", "pooling_intermediate_size", "head_size", "hidden_act", "qkv_bias")
+    elif config.position_type == "rotary_2d_index" and config.has_cls:
+        fields += ("head_size",)  # the cls token turns by angles of the teacher's
     for name in fields:
-        value, expected = getattr(config, name), getattr(unchanged, name)
+        value, expected, copies = getattr(config, name), getattr(unchanged, name), name in fields_of_layers
         if value != expected:
+            shown = f"num_attention_heads={config.num_attention_heads}, of head_dim" if name == "head_size" else name
             raise ValueError(
-                f"{name}={value!r} does not fit the teacher's weights, which need {expected!r}"
-                + (f"; init={init!r} copies its layers, init='random' does not" if name in BLOCK_FIELDS else "")
+                f"{shown}={value!r} does not fit the teacher's weights, which need {expected!r}"
+                + (f"; init={init!r} copies its layers, init='random' does not" if copies else "")
             )
     return config
 
@@ -312,10 +315,9 @@ def _plain_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
             f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
             f"{_title(family)} has one epsilon for all norms"
         )
-    width = config.num_attention_heads * config.head_dim
-    if width != config.hidden_size:
+    if config.num_attention_heads * config.head_size != config.hidden_size:
         raise ValueError(
-            f"num_attention_heads={config.num_attention_heads}, of head_dim={config.head_dim}, cannot become "
+            f"num_attention_heads={config.num_attention_heads}, of head_dim={config.head_size}, cannot become "
             f"{_title(family)}, whose heads are together as wide as the tokens, hidden_size={config.hidden_size}"
         )
     if FAMILIES[family].plain_fields is None:

@@ -249,7 +249,7 @@ class RaptorRotaryPositions(nn.Module):
         super().__init__()
         self.patch_size = as_pair(config.patch_size)
         self.num_prefix_tokens = config.num_prefix_tokens
-        self.quarter = config.head_dim // 4
+        self.quarter = config.head_size // 4
         self.theta = config.rope_theta
         self.by_index = config.position_type == "rotary_2d_index"
         self.cls_angles = nn.Parameter(torch.zeros(1, 2 * self.quarter)) if self.by_index and config.has_cls else None
@@ -282,7 +282,7 @@ class RaptorRotaryPositions(nn.Module):
 
 
 def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Queries or keys, (B, heads, T, D / heads), turned: each of the first half of a head with one of the second."""
+    """Queries or keys, (B, heads, T, head_dim), turned: each of the first half of a head with one of the second."""
     first, second = heads.chunk(2, dim=-1)
     cos, sin = cos.to(heads.dtype), sin.to(heads.dtype)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -295,11 +295,11 @@ class StepModulation(NamedTuple):
         the gains of the branches are scalars where they are the size of the step alone.
     norm1_gain ... norm2_shift: (D,), the norms become norm(x) * weight * (1 + gain) + bias + shift.
     layer_scale1_gain, layer_scale2_gain: (D,), LayerScale becomes gamma * (1 + gain).
-    qkv_up, qkv_down: (3D, r) and (r, D); their product is added to the QKV weight.
+    qkv_up, qkv_down: (3 heads head_dim, r) and (r, D); their product is added to the QKV weight.
     ffn_up, ffn_down: the same for the first projection of the FFN.
     attention_shift, ffn_shift: (D,), added to what a branch adds to the tokens.
-    heads_gain, neurons_gain: (D,) and (FFN width,), what the last projection of a branch reads is multiplied by
-        1 + gain.
+    heads_gain, neurons_gain: (heads head_dim,) and (FFN width,), what the last projection of a branch reads is
+        multiplied by 1 + gain.
     """
 
     input_shift: torch.Tensor | None = None
@@ -447,7 +447,7 @@ class LowRankConditioner(TableConditioner):
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__(config, block)
         steps, dim, rank = config.block_repeats[block], config.hidden_size, config.conditioning_rank
-        heads_width = config.num_attention_heads * config.head_dim
+        heads_width = config.num_attention_heads * config.head_size
         ffn_width = config.intermediate_size * (2 if config.ffn_type == "swiglu" else 1)
         self.qkv_down = nn.Parameter(torch.zeros(steps, rank, dim))
         self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * heads_width, rank))
@@ -606,7 +606,7 @@ class RaptorAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_size
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -1201,7 +1201,7 @@ class RaptorPooling(nn.Module):
         super().__init__()
         dim, self.kind = config.hidden_size, config.pooling_type
         # as many as the teacher's layers have, whatever the blocks have
-        self.num_prefix_tokens, self.num_heads = config.num_prefix_tokens, dim // config.head_dim
+        self.num_prefix_tokens, self.num_heads = config.num_prefix_tokens, dim // config.head_size
         self.query = self.key_value = self.proj = self.fc1 = self.fc2 = None
         if self.kind.startswith("attention"):
             self.query = nn.Parameter(torch.zeros(1, 1, dim))

@@ -12,7 +12,7 @@ A teacher has the same places, its layers being the steps, so that an experiment
 
     step.7              the state after step 7, (B, T, D), before the final norm; step.0 is the output of the embeddings
     step.7.attention    what the attention of step 7 gives, (B, T, D), before LayerScale
-    step.7.heads        its heads side by side, before the output projection, (B, T, D)
+    step.7.heads        its heads side by side, before the output projection, (B, T, width of all)
     step.7.ffn          what the FFN of step 7 gives, (B, T, D), before LayerScale
     step.7.neurons      its activations, before the last linear layer, (B, T, width of the FFN)
     step.*, step.*.ffn  the same at every step, without the embeddings

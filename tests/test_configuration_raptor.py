@@ -33,6 +33,15 @@ def test_defaults_are_the_published_three_block_model():
     assert config.out_features == ["stage12"] and config.stage_names == ["stem"] + [f"stage{i}" for i in range(1, 13)]
 
 
+def test_heads_share_the_width_of_the_tokens_unless_they_have_one_of_their_own(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    loaded = RaptorConfig.from_pretrained(tmp_path, num_attention_heads=6)
+    assert (tiny_config().head_size, loaded.head_size, loaded.head_dim) == (8, 4, None)
+    tiny_config(head_dim=8).save_pretrained(tmp_path)
+    loaded = RaptorConfig.from_pretrained(tmp_path, num_attention_heads=5)
+    assert (loaded.head_size, RaptorModel(loaded).encoder.blocks[0].attention.proj.in_features) == (8, 40)
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_plan_equals_the_table_made_by_hand(name):
     arguments, expected = PLANS[name]
@@ -202,6 +211,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str]] = [
     ({"head_dim": 0}, "head_dim is 0; it must be at least 1"),
     ({"head_dim": 10**9}, "head_dim is 1000000000; it must be at most 65536"),
     ({"head_dim": 6, "position_type": "rotary_2d"}, "heads are 6 wide .* must be a multiple of 4"),
+    ({"num_attention_heads": 65536, "head_dim": 65536}, "65536 heads of 65536, .* this model would take"),
     ({"head_dim": 7, "pooling_type": "attention"}, "head_dim is 7; .* it must divide hidden_size 24"),
     ({"ffn_type": "glu"}, "ffn_type is 'glu'; it must be one of mlp, swiglu"),
     ({"hidden_act": "gelo"}, "hidden_act is 'gelo'; it must be one of .*gelu"),
@@ -332,7 +342,7 @@ HUGE: list[tuple[dict[str, Any], str]] = [
     ({"num_channels": 10**9}, "num_channels is 1000000000"),
     ({"conditioning_rank": 10**9}, "conditioning_rank is 1000000000"),
     ({"image_size": 65536, "patch_size": 1, "hidden_size": 3072}, r"this model would take 5\.3e\+13 bytes in float32"),
-    ({"hidden_size": 49152, "head_dim": None, "block_repeats": [1] * 200}, "this model would take .* bytes in float32"),
+    ({"hidden_size": 49152, "block_repeats": [1] * 200}, "this model would take .* bytes in float32"),
 ]
 
 

@@ -225,8 +225,10 @@ def test_pooling_keeps_the_teachers_heads_whatever_the_blocks_have():
     with torch.no_grad():
         pooled = student.pooling(student.layernorm(teacher.trajectory(pixel_values)[:, -1]))
         torch.testing.assert_close(pooled, model(pixel_values).pooler_output, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="head_dim=4 does not fit the teacher's weights, which need 8"):
-        student_from_teacher(model, (3, 1), head_dim=4)
+    with pytest.raises(
+        ValueError, match="num_attention_heads=6, of head_dim=4 does not fit the teacher's weights, which need 8$"
+    ):
+        student_from_teacher(model, (3, 1), num_attention_heads=6)
 
 
 @pytest.mark.parametrize("num_labels", [None, 3])

@@ -18,7 +18,7 @@ from ..data.images import ImageSet, check_image_size, load_image_processor, open
 from ..data.labels import ClassMatch, match_classes
 from ..data.sources import open_splits
 from ..families import check_family, vision_config
-from ..teacher import Teacher, load_teacher
+from ..teacher import Teacher, count_parameters, load_teacher
 from .student import make_student, trial_partition
 
 logger = logging.getLogger(__name__)
@@ -110,9 +110,10 @@ def class_match(teacher: Teacher, images: ImageSet) -> ClassMatch:
 
 def disk_space(settings: DistillSettings, teacher: Teacher) -> int:
     """Bytes that a run may take: the model, and checkpoints of weights, two moments and average, one being written."""
-    blocks = (settings.num_blocks or len(settings.block_repeats)) / teacher.num_layers
+    student = make_student(teacher, trial_partition(settings, teacher.num_layers), settings)
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     copies = 4 if settings.ema_decay else 3
-    return int(4 * teacher.num_parameters * (copies * 2 * blocks * (settings.keep_checkpoints + 1) + 1)) + 10_000_000
+    return 4 * (copies * trained * (settings.keep_checkpoints + 1) + count_parameters(student)) + 10_000_000
 
 
 def check_blocks(settings: DistillSettings, num_layers: int) -> None:

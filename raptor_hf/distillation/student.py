@@ -76,6 +76,12 @@ def make_student(teacher: Teacher, partition: Partition, settings: DistillSettin
     overrides |= {"drop_path_rate": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     # a fit begins with the middle layers, or with blocks that it fills with units of all layers
     gathers = settings.init == "fitted" and settings.unit_gains
+    if settings.num_attention_heads not in (None, teacher.num_heads) and not (gathers or settings.init == "random"):
+        without = " without unit_gains" if settings.init == "fitted" else ""
+        raise ValueError(
+            f"num_attention_heads is {settings.num_attention_heads}; with init {settings.init}{without} blocks have "
+            f"the heads of the teacher's layers, {teacher.num_heads}: take init random, or init fitted with unit_gains"
+        )
     student = student_from_teacher(
         teacher,
         partition,

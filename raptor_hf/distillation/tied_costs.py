@@ -116,7 +116,7 @@ def gathered_costs(
 ) -> np.ndarray:
     """Returns the cost of every run of layers as one block that gathers their units, as `units.gather_units` does.
 
-    In a run of n layers each keeps the nth part of its heads and of its neurons, the most important ones; the error is
+    In a run of n layers each keeps the nth part of a block's heads and neurons, its own most important; the error is
     what their best linear combination leaves of each branch. An error stays in the tokens: it counts in its own layer
     and in all later ones, relative to the teacher's variance there. So early layers weigh most.
 
@@ -129,7 +129,8 @@ def gathered_costs(
         ridge: added to the units' covariance, relative to its mean diagonal.
 
     Returns:
-        (L, L), float64; entry [s, e] is of layers s + 1..e + 1, infinite below the diagonal and near zero on it.
+        (L, L), float64; entry [s, e] is of layers s + 1..e + 1, infinite below the diagonal; near zero on it, where a
+        block has as many units as a layer.
 
     Raises:
         ValueError: if there is no batch, or the teacher's layers cannot become blocks.

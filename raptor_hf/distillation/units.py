@@ -113,6 +113,7 @@ def check_units(teacher: Teacher, config: RaptorConfig) -> None:
     for name in BLOCK_FIELDS:
         value, expected = getattr(config, name), getattr(own, name)
         if name not in ("intermediate_size", "num_attention_heads") and value != expected:
+            name = "head_dim" if name == "head_size" else name
             raise ValueError(f"{name} is {value!r}; to take units of the teacher's layers it must be {expected!r}")
 
 
@@ -134,7 +135,7 @@ def gather_units(teacher: Teacher, encoder: Any, block: int, scores: UnitScores,
     target: RaptorBlock = encoder.blocks[block]
     tables: nn.Module = encoder.conditioners[block]
     config, layers = encoder.config, encoder.config.block_layers[block]
-    size = config.head_dim
+    size = config.head_size
     heads = _best(
         [scores.heads(layer, teacher.num_heads) * weights[layer] for layer in layers], config.num_attention_heads
     )

@@ -24,10 +24,11 @@ def describe_model(name: str, model: Teacher, image_size: tuple[int, int]) -> st
     config = model.config
     registers = {0: "no registers", 1: "1 register"}.get(model.num_registers, f"{model.num_registers} registers")
     tokens = f"{'a class token' if model.has_cls else 'no class token'} and {registers}"
+    width = f" of {config.head_dim}" if model.family == "raptor" and config.head_dim is not None else ""
     blocks = f"{config.num_blocks} blocks applied {model.num_layers} times" if model.family == "raptor" else ""
     return (
         f"{name}: a {model.family} model of {blocks or f'{model.num_layers} layers'}, {model.hidden_size} wide with "
-        f"{model.num_heads} heads, {tokens}, patches of {_size(model.patch_size)} px, "
+        f"{model.num_heads} heads{width}, {tokens}, patches of {_size(model.patch_size)} px, "
         f"{model.num_parameters / 1e6:.2f} M parameters; given images of {_size(image_size)} px."
     )
 

@@ -165,6 +165,11 @@ def make_card(
     return card
 
 
+def _width_of_heads(config: RaptorConfig) -> str:
+    """Said where heads have a width of their own."""
+    return "" if config.head_dim is None else f" of {config.head_dim} each"
+
+
 def _facts(metrics: StudentMetrics, config: RaptorConfig) -> list[tuple[str, str]]:
     """The table of what a student is."""
     blocks = " + ".join(map(str, config.block_repeats))
@@ -172,7 +177,7 @@ def _facts(metrics: StudentMetrics, config: RaptorConfig) -> list[tuple[str, str
     facts = [
         ("blocks", partition),
         ("phases", ", ".join(_layers(layers) for layers in config.block_layers)),
-        ("width, heads", f"{config.hidden_size}, {config.num_attention_heads} of {config.head_dim}"),
+        ("width, heads", f"{config.hidden_size}, {config.num_attention_heads}" + _width_of_heads(config)),
         ("FFN", f"{config.ffn_type}, {config.intermediate_size} wide"),
         (
             "depth conditioning",

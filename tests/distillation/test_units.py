@@ -174,7 +174,7 @@ def test_blocks_with_all_units_of_all_their_layers_are_the_teacher(family):
         teacher = Teacher(tiny_vit(family))
     pixel_values = images((28, 28), batch=4)
     one = student_from_teacher(teacher, (4,)).config
-    size = {"num_attention_heads": 4 * one.num_attention_heads, "head_dim": one.head_dim}
+    size = {"num_attention_heads": 4 * one.num_attention_heads, "head_dim": one.head_size}
     student = student_from_teacher(teacher, (4,), intermediate_size=4 * one.intermediate_size, **size, **GATHERING)
     # a fit with nothing left to gain: each step weighs its own units alone, and shifts stand for the lost biases
     encoder = student.base_model.encoder
@@ -196,7 +196,7 @@ def test_units_beyond_those_of_all_layers_add_nothing_at_the_start():
     teacher = Teacher(tiny_dinov2())
     own = RaptorConfig.from_teacher(teacher.config, (4,))
     width, heads = own.intermediate_size, own.hidden_size
-    size = {"num_attention_heads": own.num_attention_heads + 1, "head_dim": own.head_dim}
+    size = {"num_attention_heads": own.num_attention_heads + 1, "head_dim": own.head_size}
     student = student_from_teacher(teacher, (3, 1), intermediate_size=width + 4, **size, **GATHERING)
     scores = scores_of(teacher, images((28, 28), batch=4))
     gather_units(teacher, student.base_model.encoder, 1, scores, torch.ones(5))

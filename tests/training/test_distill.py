@@ -1,5 +1,6 @@
 """The distillation recipe, end to end, with tiny teachers of handwritten digits."""
 
+import dataclasses
 import json
 import math
 import os
@@ -36,6 +37,7 @@ from raptor_hf import RaptorConfig, RaptorModel
 from raptor_hf.data import images as image_module
 from raptor_hf.data.images import ImageSet, load_image_processor, open_images
 from raptor_hf.data.loaders import TooManyFailuresError, train_loader
+from raptor_hf.distillation.inputs import disk_space
 from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask
 from raptor_hf.modeling_raptor import RaptorBlock
@@ -937,6 +939,14 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"branch_shifts": True}, "depth_conditioning is 'scale'; with branch_shifts it must be 'low_rank'"),
         ({"train_block": 2, "stage2_steps": 0}, "train_block is 2; it must be between 0 and 1"),
         (
+            {"num_attention_heads": 3, "init": "middle"},
+            "num_attention_heads is 3; with init middle blocks have the heads",
+        ),
+        (
+            {"num_attention_heads": 3, "init": "fitted", "depth_conditioning": "low_rank"},
+            "init fitted without unit_gains blocks have the heads of the teacher's layers, 2",
+        ),
+        (
             {"elastic": [1]},
             "elastic is [1]; it must be one or more numbers of steps, each at least",
         ),
@@ -964,6 +974,17 @@ def test_folder_that_cannot_be_written_or_is_full_is_refused(refused, tmp_path, 
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert "is on a disk with 0.00 GB free, and the run needs 0.01 GB" in refused()
+
+
+def test_space_that_a_run_needs_is_that_of_its_student():
+    teacher = Teacher(tiny_dinov2())
+    named = {"teacher": "teacher", "dataset": "digits", "output_dir": "run"}
+    settings = DistillSettings(**named, block_repeats=[3, 1], keep_checkpoints=2)
+    wide = dataclasses.replace(settings, num_attention_heads=64)
+    # 61 heads of 8 features, query, key, value and projection, for 24 features in 2 blocks
+    more = 2 * 61 * 8 * (4 * 24 + 3)
+    # the model, and weights with two moments of three checkpoints
+    assert disk_space(wide, teacher) - disk_space(settings, teacher) == 4 * more * (1 + 3 * 3)
 
 
 def test_there_are_configurations_of_distillations():

@@ -104,10 +104,11 @@ class DistillSettings(RunSettings):
     )
     num_attention_heads: int | None = setting(
         None,
-        help="attention heads of a block, each as wide as the teacher's; none takes the teacher's number",
+        help="attention heads of a block, each as wide as the teacher's; none takes the teacher's number. Needs init "
+        "random, or fitted with unit_gains",
         group="student",
         above=0,
-        at_most=65_536,
+        at_most=1_024,
     )
     intermediate_size: int | None = setting(
         None,

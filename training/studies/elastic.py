@@ -35,7 +35,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from raptor_hf import RaptorForImageClassification
 from raptor_hf.configuration_raptor import EXIT_CRITERIA
-from raptor_hf.conversion import DINOV2, NOT_IN_DINOV2, to_dinov2
+from raptor_hf.conversion import to_dinov2
 from raptor_hf.data.images import load_image_processor, open_images
 from raptor_hf.data.loaders import eval_loader
 from raptor_hf.distillation.inputs import class_match
@@ -127,10 +127,13 @@ def list_contenders(
             found.append(Contender(f"teacher's first {depth} layers", "teacher's first layers", cut(teacher, depth)))
     for depth in settings.depths:
         found.append(Contender(f"elastic, {depth} steps", "elastic", student, {"num_steps": depth}))
-    if student.config.embedding_type in DINOV2 and student.config.depth_conditioning not in NOT_IN_DINOV2:
-        for depth in settings.depths:
-            unrolled = to_dinov2(student, num_steps=depth)
-            found.append(Contender(f"elastic as plain DINOv2, {depth} layers", "elastic as plain DINOv2", unrolled))
+    try:
+        unrolled = {depth: to_dinov2(student, num_steps=depth) for depth in settings.depths}
+    except ValueError as error:
+        print(f"not compared as plain DINOv2: {error}")
+        unrolled = {}
+    for depth, model in unrolled.items():
+        found.append(Contender(f"elastic as plain DINOv2, {depth} layers", "elastic as plain DINOv2", model))
     for name, _, path in (rival.rpartition(" = ") for rival in settings.rivals or ()):
         model = RaptorForImageClassification.from_pretrained(path).eval()
         found.append(Contender(name, name.rpartition(", ")[0] or name, model))

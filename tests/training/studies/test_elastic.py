@@ -68,6 +68,14 @@ def test_contenders_are_the_models_in_both_precisions(teacher, student, settings
     assert not torch.equal(by_name["elastic, 2 steps"](images()), by_name["elastic, 4 steps"](images()))
 
 
+def test_students_that_are_no_plain_model_are_compared_as_they_are(teacher, settings, capsys):
+    size = {"num_attention_heads": 4, "head_dim": 8}
+    student = student_from_teacher(teacher, (3, 1), depth_conditioning="low_rank", step_scaling=True, **size)
+    contenders = elastic.list_contenders(teacher, student, dataclasses.replace(settings, int8=False))
+    assert [one.series for one in contenders] == ["teacher", "teacher's first layers", "elastic", "elastic"]
+    assert "num_attention_heads=4, of head_dim=8, cannot become DINOv2" in capsys.readouterr().out
+
+
 def test_weights_in_int8_are_a_byte_each_and_all_others_as_they_were(teacher):
     linear = [module for module in teacher.modules() if isinstance(module, nn.Linear)]
     before = sum(parameter.nbytes for parameter in teacher.parameters())
