@@ -407,6 +407,11 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
+    def heads_width(self) -> int:
+        """Width of all heads of a block side by side."""
+        return self.num_attention_heads * self.head_size
+
+    @property
     def num_blocks(self) -> int:
         """Number of blocks K that have weights."""
         return len(self.block_repeats)
@@ -715,7 +720,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
         dim, patch = self.hidden_size, math.prod(as_pair(self.patch_size))
         ffn = self.intermediate_size * (3 if self.ffn_type == "swiglu" else 2)
         positions = math.prod(as_pair(self.image_size)) // max(patch, 1)
-        heads = self.num_attention_heads * self.head_size
+        heads = self.heads_width
         tables = self.conditioning_rank * (2 * dim + 3 * heads + ffn) if self.depth_conditioning == "low_rank" else 0
         return (
             dim

@@ -315,7 +315,7 @@ def _plain_config(config: RaptorConfig, num_layers: int) -> PreTrainedConfig:
             f"block_layer_norm_eps={config.block_layer_norm_eps} differs from layer_norm_eps={config.layer_norm_eps}; "
             f"{_title(family)} has one epsilon for all norms"
         )
-    if config.num_attention_heads * config.head_size != config.hidden_size:
+    if config.heads_width != config.hidden_size:
         raise ValueError(
             f"num_attention_heads={config.num_attention_heads}, of head_dim={config.head_size}, cannot become "
             f"{_title(family)}, whose heads are together as wide as the tokens, hidden_size={config.hidden_size}"

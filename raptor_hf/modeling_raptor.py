@@ -447,10 +447,9 @@ class LowRankConditioner(TableConditioner):
     def __init__(self, config: RaptorConfig, block: int) -> None:
         super().__init__(config, block)
         steps, dim, rank = config.block_repeats[block], config.hidden_size, config.conditioning_rank
-        heads_width = config.num_attention_heads * config.head_size
         ffn_width = config.intermediate_size * (2 if config.ffn_type == "swiglu" else 1)
         self.qkv_down = nn.Parameter(torch.zeros(steps, rank, dim))
-        self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * heads_width, rank))
+        self.qkv_up = nn.Parameter(torch.zeros(steps, 3 * config.heads_width, rank))
         self.ffn_down = nn.Parameter(torch.zeros(steps, rank, dim))
         self.ffn_up = nn.Parameter(torch.zeros(steps, ffn_width, rank))
         if config.norm_type == "rms_norm":
@@ -461,7 +460,7 @@ class LowRankConditioner(TableConditioner):
         if config.unit_gains:
             self.vectors += ("heads_gain", "neurons_gain")
         for name in self.vectors:
-            size = {"heads_gain": heads_width, "neurons_gain": config.intermediate_size}.get(name, dim)
+            size = {"heads_gain": config.heads_width, "neurons_gain": config.intermediate_size}.get(name, dim)
             self.register_parameter(name, nn.Parameter(torch.zeros(steps, size)))
 
     def mix(self, low: StepModulation, high: StepModulation, weight: float) -> StepModulation:
@@ -610,16 +609,14 @@ class RaptorAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        # of all heads side by side
-        width = self.num_heads * self.head_dim
         # query, key and value, stacked in this order
-        self.qkv = _linear(config.hidden_size, 3 * width, "qkv", bias=config.qkv_bias and config.key_bias)
+        self.qkv = _linear(config.hidden_size, 3 * config.heads_width, "qkv", bias=config.qkv_bias and config.key_bias)
         # a bias of queries and values alone is beside the layer, which stays a plain one
         has_own = config.qkv_bias and not config.key_bias
-        self.query_bias = nn.Parameter(torch.zeros(width)) if has_own else None
-        self.value_bias = nn.Parameter(torch.zeros(width)) if has_own else None
+        self.query_bias = nn.Parameter(torch.zeros(config.heads_width)) if has_own else None
+        self.value_bias = nn.Parameter(torch.zeros(config.heads_width)) if has_own else None
         self.heads = RaptorUnitGain()
-        self.proj = _linear(width, config.hidden_size, "proj", bias=config.proj_bias)
+        self.proj = _linear(config.heads_width, config.hidden_size, "proj", bias=config.proj_bias)
 
     def forward(
         self,
