@@ -454,6 +454,7 @@ def describe_run(run: Run, partition: Partition, seconds: dict[str, float], fide
         "images_per_second": trained / training_seconds if training_seconds else None,
         "evaluations": run.evaluations,
         "seed": settings.seed,
+        "mixed_precision": run.accelerator.mixed_precision,
         **describe_environment(run.accelerator.device),
     }
 

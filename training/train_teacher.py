@@ -107,6 +107,7 @@ def main() -> None:
             "images_per_second": settings.steps * settings.batch_size / seconds,
             "unreadable_images": progress["failures"],
             "seed": settings.seed,
+            "mixed_precision": accelerator.mixed_precision,
             **describe_environment(accelerator.device),
         }
         write_json(folder / "losses.json", progress["log"]["history"])

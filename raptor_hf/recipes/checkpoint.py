@@ -453,7 +453,7 @@ def save_run(
     rng_tensors, rng_info = gather_rng_state(accelerator)
     if accelerator.is_main_process:
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        info |= rng_info | {"scaler": scaler, "progress": progress}
+        info |= rng_info | {"scaler": scaler, "mixed_precision": accelerator.mixed_precision, "progress": progress}
         save_checkpoint(folder, step, tensors | rng_tensors, info, keep)
     accelerator.wait_for_everyone()
 
@@ -484,5 +484,13 @@ def resume_run(
     if info["scaler"] and accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(info["scaler"])
     if accelerator.is_main_process:
+        # not in checkpoints of older versions
+        if (before := info.get("mixed_precision", accelerator.mixed_precision)) != accelerator.mixed_precision:
+            logger.warning(
+                "saved with mixed_precision %s, resumed with %s: the weights will be close to those that the run would "
+                "have had, not equal",
+                before,
+                accelerator.mixed_precision,
+            )
         logger.info("resumed from %s", path)
     return info["progress"]

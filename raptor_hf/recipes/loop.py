@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -124,12 +124,19 @@ def logged(
 
 
 def precision_of(wanted: str | None) -> str | None:
-    """Return the precision for accelerate; "auto" becomes "bf16" where the machine multiplies in it, "no" elsewhere."""
+    """Return the precision for accelerate; "auto" becomes "bf16" where the device multiplies in it, "no" elsewhere."""
     if wanted != "auto":
         return wanted
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    return "bf16" if multiplies_in_bf16(PartialState().device) else "no"
+
+
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether the device has products in bf16, which others compute with many more instructions; False if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
 
 
 class NonFiniteError(RuntimeError):
@@ -428,4 +435,17 @@ def warn_if_single_thread(logger: logging.Logger, accelerator: Accelerator) -> N
             "computing with 1 thread per process on %d cores: launch with --config_file training/accelerate/cpu.yaml "
             "or set OMP_NUM_THREADS",
             num_cores,
+        )
+
+
+def warn_if_slow_precision(logger: logging.Logger, accelerator: Accelerator) -> None:
+    """Tell a user of bf16 that the device has no products in it: a CPU takes ten times as long as in fp32 then."""
+    device = accelerator.device
+    slow = device.type in ("cpu", "cuda") and not multiplies_in_bf16(device)
+    if accelerator.mixed_precision == "bf16" and slow and accelerator.is_main_process:
+        name = "CPU" if device.type == "cpu" else "GPU"
+        logger.warning(
+            "mixed_precision is bf16, in which this %s does not multiply, so that a step may take many times as long; "
+            "give --mixed_precision auto, which takes float32 here",
+            name,
         )

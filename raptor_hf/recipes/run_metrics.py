@@ -246,6 +246,7 @@ class RunMetrics(Record):
         unreadable_images: name -> reason; their number where the file is published.
         images_per_second: of the training.
         device: where it ran, in words.
+        mixed_precision: of the arithmetic, in accelerate's words: no, bf16 or fp16.
         versions: package -> version.
     """
 
@@ -259,6 +260,7 @@ class RunMetrics(Record):
     evaluations: list[Evaluation] = field(default_factory=list)
     images_per_second: float | None = None
     device: str | None = None
+    mixed_precision: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

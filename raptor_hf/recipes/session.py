@@ -44,7 +44,7 @@ from ..data.loaders import TooManyFailuresError
 from .checkpoint import CheckpointError, latest_checkpoint, read_progress, resume_run, save_run
 from .files import written_beside
 from .lock import LOCK_FILE, FolderLock
-from .loop import DivergedError, NonFiniteError, precision_of, warn_if_single_thread
+from .loop import DivergedError, NonFiniteError, precision_of, warn_if_single_thread, warn_if_slow_precision
 from .settings import CHECKPOINT_FOLDER, check_output_dir, prepare_output_dir, read_run_id, settings_to_dict
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ class Session:
         )
         check_launch(self.accelerator)
         warn_if_single_thread(logger, self.accelerator)
+        warn_if_slow_precision(logger, self.accelerator)
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()

@@ -30,6 +30,7 @@ from raptor_hf.recipes.loop import (
     peak_memory_bytes,
     precision_of,
     warn_if_single_thread,
+    warn_if_slow_precision,
 )
 
 PAPER = {"num_steps": 312_500, "warmup_steps": 10_000, "base_lr": 3e-4, "final_lr": 1e-6}
@@ -354,10 +355,30 @@ def test_a_pass_over_images_says_how_many_are_done_at_what_rate_and_how_long_the
     ]
 
 
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, has_bf16):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture(params=[True, False], ids=["with bf16", "without"])
+def has_bf16(request, monkeypatch):
+    """Whether the processors of this machine, of both kinds, multiply in bf16."""
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
-    assert precision_of("auto") == ("bf16" if has_bf16 else "no")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
+    # emulation would make it True on every GPU
+    native = {False: request.param}
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native[including_emulation])
+    return request.param
+
+
+@pytest.mark.parametrize("device, known", [("cpu", True), ("cuda", True), ("mps", False)])
+def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, has_bf16, device, known):
+    monkeypatch.setattr(loop, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
+    assert precision_of("auto") == ("bf16" if has_bf16 and known else "no")
     assert precision_of(None) is None and precision_of("fp16") == "fp16"
+
+
+@pytest.mark.parametrize("device, name", [("cpu", "this CPU"), ("cuda", "this GPU"), ("mps", None)])
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_bf16_is_said_to_be_slow_where_the_processor_does_not_multiply_in_it(caplog, has_bf16, device, name, precision):
+    for rank in (0, 1):
+        accelerator = process(rank, num_processes=2, device=device)
+        accelerator.mixed_precision = precision
+        warn_if_slow_precision(logging.getLogger("test"), accelerator)
+    warns = name is not None and precision == "bf16" and not has_bf16
+    assert [name in text and "--mixed_precision auto" in text for text in caplog.messages] == [True] * warns

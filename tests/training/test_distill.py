@@ -18,6 +18,7 @@ import PIL.Image
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from raptor_settings.distill import DistillSettings
 from safetensors.torch import load_file
@@ -42,6 +43,7 @@ from raptor_hf.distillation.student import make_student, trial_partition
 from raptor_hf.distillation.task import DistillationTask
 from raptor_hf.modeling_raptor import RaptorBlock
 from raptor_hf.phases import Partition, cheapest_phases, find_phases
+from raptor_hf.recipes import loop
 from raptor_hf.recipes.loop import DivergedError, NonFiniteError
 from raptor_hf.recipes.settings import parse_settings
 from raptor_hf.teacher import Teacher, load_teacher, macs
@@ -78,6 +80,7 @@ PROMISED = {
     "images_per_second",
     "seed",
     "device",
+    "mixed_precision",
     "versions",
 }
 BESIDE = {"version", "backbone", "teacher", "blocks", "unreadable_images", "evaluations"}
@@ -354,6 +357,25 @@ def test_run_interrupted_again_and_again_ends_in_the_same_bits(run, monkeypatch,
         assert entry.pop("seconds") > 0
     assert evaluations[0] == evaluations[1]
     assert metrics(stopped)["fidelity"] == metrics(whole)["fidelity"]
+
+
+def test_automatic_precision_may_change_with_the_machine_that_goes_on_and_says_so(run, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "multiplies_in_bf16", lambda device: True)
+    save_outputs = distill.save_outputs
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "save_outputs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(mixed_precision="auto")
+    monkeypatch.setattr(distill, "save_outputs", save_outputs)
+    AcceleratorState._reset_state(reset_partial_state=True)  # as in another process
+    assert "resumed" not in caplog.text
+    monkeypatch.setattr(loop, "multiplies_in_bf16", lambda device: False)
+    folder = run(mixed_precision="auto")
+    assert "saved with mixed_precision bf16, resumed with no" in caplog.text
+    assert metrics(folder)["mixed_precision"] == "no"
 
 
 def test_finished_run_started_again_takes_no_step_and_writes_the_same_model(run, monkeypatch):

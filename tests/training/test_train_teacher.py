@@ -65,6 +65,7 @@ def test_trained_folder_loads_in_transformers_and_is_as_accurate_as_it_says(tmp_
     assert config["id2label"] == {str(digit): str(digit) for digit in range(10)}
     assert (tmp_path / "figures" / "training.png").read_bytes().startswith(b"\x89PNG")
     assert metrics["seed"] == 0 and metrics["unreadable_images"] == {} and "torch" in metrics["versions"]
+    assert metrics["mixed_precision"] == "no"
 
 
 def test_interrupted_run_resumes_to_the_same_bits(tmp_path, monkeypatch):

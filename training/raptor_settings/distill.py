@@ -277,8 +277,10 @@ class DistillSettings(RunSettings):
     train_block: int | None = setting(
         None, help="index of the only block to train, in stage 1, counted from 0; none trains all", group="training"
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, help="precision of the student's arithmetic; none takes accelerate's setting", group="machine"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = setting(
+        None,
+        help="precision of the arithmetic; auto takes bf16 where the machine has it, none accelerate's setting",
+        group="machine",
     )
     gradient_accumulation_steps: int = setting(
         1, help="parts that a batch is divided into to save memory", group="machine", above=0, at_most=1_048_576

@@ -86,8 +86,10 @@ class TeacherSettings(RunSettings):
         group="images",
         at_least=0,
     )
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = setting(
-        None, help="precision of the arithmetic; none takes accelerate's setting", group="machine"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] | None = setting(
+        None,
+        help="precision of the arithmetic; auto takes bf16 where the machine has it, none accelerate's setting",
+        group="machine",
     )
     seed: int = setting(
         0, help="seed of weights, order of images and augmentation", group="run", at_least=0, below=2**32

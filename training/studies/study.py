@@ -250,7 +250,8 @@ def record_of(run: PlannedRun, base: str) -> dict[str, Any]:
         "training_steps": settings.stage1_steps + settings.stage2_steps,
         "training_seconds": before + seconds.get("stage1", 0.0) + seconds.get("stage2", 0.0),
         "batch_size": settings.batch_size,
-        "mixed_precision": settings.mixed_precision or "no",
+        # runs of older versions have no field for it, and no "auto"
+        "mixed_precision": metrics.mixed_precision or settings.mixed_precision or "no",
         "blocks": metrics.blocks,
         **({"by_steps": {n: row.to_dict() for n, row in fidelity.by_steps.items()}} if fidelity.by_steps else {}),
         "evaluations": [evaluation_of(entry.to_dict(), settings.stage1_steps, before) for entry in metrics.evaluations],
