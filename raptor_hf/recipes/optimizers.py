@@ -2,12 +2,15 @@
 
     optimizer = make_optimizer("muon", student, learning_rate=2e-2, weight_decay=1e-4)
 
-Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon; PyTorch's own, from 2.9 on) orthogonalises the
-momentum of each matrix. Here a learning rate is relative: at rate lr a step changes a matrix by lr times the root mean
-square that its entries had at the start. Trained matrices of a Vision Transformer have entries of .1 at width 96 and of
-.012 to .02 at width 384, smaller than width alone explains; a step of one absolute size would be slow for the first and
-diverge for the second. AdamW takes the tables of gains, shifts and low-rank factors, the norms, LayerScales and biases,
-at a fixed fraction of that rate.
+Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the momentum of each matrix. Here a
+learning rate is relative: at rate lr a step changes a matrix by lr times the root mean square that its entries had at
+the start. Trained matrices of a Vision Transformer have entries of .1 at width 96 and of .012 to .02 at width 384,
+smaller than width alone explains; a step of one absolute size would be slow for the first and diverge for the second.
+AdamW takes the tables of gains, shifts and low-rank factors, the norms, LayerScales and biases, at a fixed fraction of
+that rate.
+
+`torch.optim.Muon` orthogonalises in bf16 everywhere. Where the device does not multiply in bf16, as on most CPUs, that
+takes 40 times as long as in float32, and most of a training step; ours takes float32 there.
 """
 
 from collections.abc import Callable
@@ -20,9 +23,14 @@ from raptor_settings.distill import OptimizerName
 from torch import Tensor, nn
 
 from ..modeling_raptor import RaptorBlock
+from .loop import multiplies_in_bf16
 
 # the learning rate of what Muon leaves to AdamW, relative to Muon's
 ADAMW_SHARE = 0.5
+# of Muon, as its author and PyTorch have them; coefficients of x, x x^T x and x x^T x x^T x in each iteration
+MOMENTUM = 0.95
+COEFFICIENTS = 3.4445, -4.7750, 2.0315
+ITERATIONS = 5
 
 
 def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:
@@ -33,12 +41,10 @@ def check_optimizer(name: OptimizerName, *, sharded: bool = False) -> None:
         sharded: whether the parameters are shards, as under FSDP.
 
     Raises:
-        ValueError: an unknown name, or Muon with a PyTorch that does not have it, or on shards.
+        ValueError: an unknown name, or Muon on shards.
     """
     if name not in get_args(OptimizerName):
         raise ValueError(f"optimizer is {name!r}; it must be one of {', '.join(get_args(OptimizerName))}")
-    if name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer is 'muon', which needs PyTorch 2.9 or newer; this is {torch.__version__}")
     if name == "muon" and sharded:
         raise ValueError("optimizer is 'muon', which needs whole matrices; with FSDP take 'adamw'")
 
@@ -108,11 +114,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if not matrices:
             raise ValueError("there is no matrix in a block for Muon among the parameters; take 'adamw'")
         common = {"lr": learning_rate, "weight_decay": weight_decay}
-        self._muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **common)
         self._adamw = torch.optim.AdamW(others, fused=fused, **common) if others else None
-        parts = [self._muon] if self._adamw is None else [self._muon, self._adamw]
-        # each group brings all settings of its own algorithm
-        super().__init__([part.param_groups[0] for part in parts], {})
+        groups = [{"params": matrices, **common}]
+        # the second brings all settings of AdamW
+        super().__init__(groups if self._adamw is None else [*groups, *self._adamw.param_groups], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -123,25 +128,26 @@ class MuonWithAdamW(torch.optim.Optimizer):
                 loss = closure()
         # groups and state are this optimizer's, whatever was loaded into it
         muon, *adamw = self.param_groups
-        self._muon.state = self.state
-        self._muon.param_groups = [self._relative(muon, matrix) for matrix in muon["params"] if matrix.grad is not None]
-        self._muon.step()
+        for matrix in muon["params"]:
+            if matrix.grad is not None:
+                self._step_matrix(matrix, muon["lr"], muon["weight_decay"])
         if adamw:
             self._adamw.state = self.state
             self._adamw.param_groups = [adamw[0] | {"lr": ADAMW_SHARE * adamw[0]["lr"]}]
             self._adamw.step()
         return loss
 
-    def _relative(self, group: dict[str, Any], matrix: nn.Parameter) -> dict[str, Any]:
-        """The group of one matrix, whose step has `lr` times the root mean square that the matrix started with."""
+    def _step_matrix(self, matrix: nn.Parameter, learning_rate: float, weight_decay: float) -> None:
         state = self.state[matrix]
         if "start_rms" not in state:
             rms = matrix.float().square().mean().sqrt()
             state["start_rms"] = torch.where(rms > 0, rms, (3 * matrix.shape[1]) ** -0.5).cpu()
-        # PyTorch's own scaling gives every step a root mean square of .2 times its rate
-        factor = float(state["start_rms"]) / 0.2
-        decay = group["weight_decay"] / factor
-        return group | {"params": [matrix], "lr": group["lr"] * factor, "weight_decay": decay}
+            state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+        momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - MOMENTUM)
+        update = orthogonalized(matrix.grad.lerp(momentum, MOMENTUM))  # Nesterov's
+        # entries of an orthogonal matrix have a root mean square of 1 over the root of its longer side
+        size = float(state["start_rms"]) * max(matrix.shape) ** 0.5
+        matrix.mul_(1 - learning_rate * weight_decay).add_(update, alpha=-learning_rate * size)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Takes only the groups that `__init__` makes.
@@ -152,6 +158,28 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if len(self.param_groups) == 1 + (self._adamw is not None):
             raise ValueError("MuonWithAdamW takes all its parameters at once")
         super().add_param_group(param_group)
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """The orthogonal factor of a matrix's polar decomposition, roughly: all singular values become about 1.
+
+    A few Newton-Schulz iterations, after which those that were not tiny lie between .7 and 1.2.
+
+    Args:
+        matrix: (m, n).
+
+    Returns:
+        (m, n), in bf16 on devices that multiply in it, in float32 elsewhere.
+    """
+    dtype = torch.bfloat16 if multiplies_in_bf16(matrix.device) else torch.float32
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.mT if is_tall else matrix).to(dtype)
+    x = x / x.norm().clamp(min=1e-7)
+    first, third, fifth = COEFFICIENTS
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
+    return x.mT if is_tall else x
 
 
 def has_fused_adamw(accelerator: Accelerator) -> bool:
