@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
@@ -127,7 +128,9 @@ def precision_of(wanted: str | None) -> str | None:
     """Return the precision for accelerate; "auto" becomes "bf16" where the device multiplies in it, "no" elsewhere."""
     if wanted != "auto":
         return wanted
-    return "bf16" if multiplies_in_bf16(PartialState().device) else "no"
+    # before the Accelerator, which takes the precision, knows its device
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    return "bf16" if multiplies_in_bf16(torch.device("cuda" if on_gpu else "cpu")) else "no"
 
 
 def multiplies_in_bf16(device: torch.device) -> bool:

@@ -366,10 +366,13 @@ def has_bf16(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("device, known", [("cpu", True), ("cuda", True), ("mps", False)])
-def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, has_bf16, device, known):
-    monkeypatch.setattr(loop, "PartialState", lambda: SimpleNamespace(device=torch.device(device)))
-    assert precision_of("auto") == ("bf16" if has_bf16 and known else "no")
+@pytest.mark.parametrize("gpu, use_cpu", [(True, "false"), (True, "true"), (False, "false")])
+def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, gpu, use_cpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
+    for kind, expected in (("cuda", gpu and use_cpu == "false"), ("cpu", not gpu or use_cpu == "true")):
+        monkeypatch.setattr(loop, "multiplies_in_bf16", lambda device, kind=kind: device.type == kind)
+        assert precision_of("auto") == ("bf16" if expected else "no")
     assert precision_of(None) is None and precision_of("fp16") == "fp16"
 
 

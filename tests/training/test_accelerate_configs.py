@@ -60,7 +60,8 @@ def launch(name: str, folder: Path, **environment: str) -> list[str]:
     script = folder / "script.py"
     script.write_text(
         "import accelerate, torch\n"
-        "accelerator = accelerate.Accelerator()\n"
+        "from raptor_hf.recipes.loop import precision_of\n"
+        "accelerator = accelerate.Accelerator(mixed_precision=precision_of('auto'))\n"  # as the recipes do
         "total = accelerator.reduce(torch.ones(1), reduction='sum').item()\n"
         "line = f'{accelerator.process_index} {total:.0f} {accelerator.device.type} {torch.get_num_threads()}'\n"
         "with open(f'{accelerator.process_index}.txt', 'w') as file:\n"
