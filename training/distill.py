@@ -135,6 +135,7 @@ def main() -> None:
         student,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
+        mixed_precision=accelerator.mixed_precision,
         fused=has_fused_adamw(accelerator),
     )
     task, optimizer = accelerator.prepare(task, optimizer)

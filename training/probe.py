@@ -349,6 +349,7 @@ def describe_probe(run: Run) -> dict[str, Any]:
         "seconds": sum(history[-1]["seconds"] for history in run.histories),
         "unreadable_images": run.failures,
         "command": shlex.join(["training/probe.py", *sys.argv[1:]]),
+        "mixed_precision": run.accelerator.mixed_precision,
         **describe_environment(run.accelerator.device),
     }
 

@@ -295,9 +295,10 @@ def load_model_and_optimizer(
             f"per group now, {[len(g) for g in saved_names]} in the checkpoint, or others under the same numbers; "
             f"build the optimizer as the saved run did"
         )
-    # before the state is loaded: whether the kernels are fused decides where torch puts the step counters
+    # Settings of another version's optimizer: what this one does not have is dropped, what it has besides is kept.
+    # Before the state is loaded, for whether the kernels are fused decides where torch puts the step counters.
     groups = [
-        saved | {key: own[key] for key in KERNEL_KEYS if key in own}
+        {key: own[key] if key in KERNEL_KEYS else saved.get(key, own[key]) for key in own}
         for saved, own in zip(groups, optimizer.param_groups, strict=True)
     ]
     state: dict[str, dict[str, Tensor]] = {}

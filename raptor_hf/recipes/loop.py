@@ -17,6 +17,7 @@ import contextlib
 import importlib.metadata
 import logging
 import math
+import os
 import platform
 import sys
 import time
@@ -128,18 +129,25 @@ def precision_of(wanted: str | None) -> str | None:
     """Return the precision for accelerate; "auto" becomes "bf16" where the device multiplies in it, "no" elsewhere."""
     if wanted != "auto":
         return wanted
-    # before the Accelerator, which takes the precision, knows its device
-    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    return "bf16" if multiplies_in_bf16(torch.device("cuda" if on_gpu else "cpu")) else "no"
+    return "bf16" if multiplies_in_bf16(launched_device()) else "no"
 
 
-def multiplies_in_bf16(device: torch.device) -> bool:
-    """Whether the device has products in bf16, which others compute with many more instructions; False if unknown."""
+def launched_device() -> torch.device:
+    """The kind of device that accelerate will choose: its Accelerator, which knows, takes the precision."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cpu")
+    if name := os.environ.get("ACCELERATE_TORCH_DEVICE"):
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
+def multiplies_in_bf16(device: torch.device) -> bool | None:
+    """Whether the device has products in bf16, which others put together from many instructions; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
+    if device.type == "cpu" and platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return False
+    return None
 
 
 class NonFiniteError(RuntimeError):
@@ -441,14 +449,22 @@ def warn_if_single_thread(logger: logging.Logger, accelerator: Accelerator) -> N
         )
 
 
-def warn_if_slow_precision(logger: logging.Logger, accelerator: Accelerator) -> None:
-    """Tell a user of bf16 that the device has no products in it: a CPU takes ten times as long as in fp32 then."""
+def warn_if_slow_precision(logger: logging.Logger, accelerator: Accelerator, teacher_dtype: str | None = None) -> None:
+    """Tell a user of bf16 that the device has no products in it: x86 CPUs take about ten times as long as in fp32 then.
+
+    Args:
+        logger: that warns.
+        accelerator: with its mixed_precision.
+        teacher_dtype: of a setting of that name.
+    """
     device = accelerator.device
-    slow = device.type in ("cpu", "cuda") and not multiplies_in_bf16(device)
-    if accelerator.mixed_precision == "bf16" and slow and accelerator.is_main_process:
-        name = "CPU" if device.type == "cpu" else "GPU"
-        logger.warning(
-            "mixed_precision is bf16, in which this %s does not multiply, so that a step may take many times as long; "
-            "give --mixed_precision auto, which takes float32 here",
-            name,
-        )
+    if multiplies_in_bf16(device) is not False or not accelerator.is_main_process:
+        return
+    name, other = ("CPU", "no") if device.type == "cpu" else ("GPU", "fp16 or no")
+    advice = {"mixed_precision": other, "teacher_dtype": "float32"}
+    for setting, value in (("mixed_precision", accelerator.mixed_precision), ("teacher_dtype", teacher_dtype)):
+        if value in ("bf16", "bfloat16"):
+            logger.warning(
+                "%s is %s, in which this %s does not multiply, so that it may take many times as long; it could be %s",
+                *(setting, value, name, advice[setting]),
+            )

@@ -207,6 +207,7 @@ class ProbeRecord(Record):
         seconds: of training, of all seeds.
         feature_seconds: of features that were computed once.
         image_size: height and width in pixels.
+        mixed_precision: of the backbone, in accelerate's words: no, bf16 or fp16.
     """
 
     task: str
@@ -232,6 +233,7 @@ class ProbeRecord(Record):
     unreadable_images: dict[str, str] | int | None = None
     command: str | None = None
     device: str | None = None
+    mixed_precision: str | None = None
     versions: dict[str, str] | None = None
 
 

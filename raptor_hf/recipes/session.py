@@ -80,7 +80,7 @@ class Session:
         )
         check_launch(self.accelerator)
         warn_if_single_thread(logger, self.accelerator)
-        warn_if_slow_precision(logger, self.accelerator)
+        warn_if_slow_precision(logger, self.accelerator, getattr(settings, "teacher_dtype", None))
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
             datasets.disable_progress_bars()
@@ -234,16 +234,23 @@ class Session:
 
 
 def check_launch(accelerator: Accelerator) -> None:
-    """Refuse processes that were launched together but do not know of each other: each would run the whole recipe.
+    """Refuse processes that do not work together; a collective operation.
 
     Raises:
-        ValueError: the launcher started more processes than the Accelerator sees.
+        ValueError: the launcher started more processes than the Accelerator sees, so that each would run the whole
+            recipe; or their devices differ, so that an automatic precision does, too.
     """
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:
         raise ValueError(
             f"num_processes is {launched} in the launcher, but each process runs alone; to use several processes "
             "without GPUs set ACCELERATE_USE_CPU=true, or launch with --config_file training/accelerate/cpu2.yaml"
+        )
+    precisions = gather_object([accelerator.mixed_precision]) if accelerator.num_processes > 1 else []
+    if len(set(precisions)) > 1:
+        found = " and ".join(sorted(set(precisions)))
+        raise ValueError(
+            f"mixed_precision is auto, which is {found} on the devices of these processes; give one for all of them"
         )
 
 

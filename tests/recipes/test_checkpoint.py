@@ -163,6 +163,26 @@ def test_resume_under_a_grad_scaler_is_bitwise_equal(tmp_path):
 
 
 @pytest.mark.parametrize("steps_before_saving", [0, 4])
+def test_settings_of_another_version_s_optimizer_are_dropped_and_new_ones_kept(steps_before_saving):
+    def build(seed: int):
+        model = Student(seed)
+        return model, adamw(model)
+
+    model, optimizer = build(0)
+    take_steps(model, optimizer, range(steps_before_saving))
+    tensors, info = model_and_optimizer_tensors(model, optimizer)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    for group in info["optimizer"]["param_groups"]:
+        group["lr"], group["momentum"] = 1e-3, 0.95
+        del group["maximize"]
+    resumed, resumed_optimizer = build(1)
+    load_model_and_optimizer(resumed, resumed_optimizer, tensors, info)
+    assert_bitwise_equal(everything(resumed, resumed_optimizer), everything(model, optimizer))
+    for group in resumed_optimizer.param_groups:
+        assert group["lr"] == 1e-3 and group["maximize"] is False and "momentum" not in group
+
+
+@pytest.mark.parametrize("steps_before_saving", [0, 4])
 @pytest.mark.parametrize("saved, own", [("loop", "fused"), ("fused", "loop"), ("loop", "foreach")])
 def test_resume_keeps_the_kernels_of_the_new_optimizer_and_goes_on(saved, own, steps_before_saving):
     def build(seed: int, kind: str):

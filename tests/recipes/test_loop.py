@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import re
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from raptor_hf.recipes.loop import (
     cosine_schedule,
     describe_environment,
     logged,
+    multiplies_in_bf16,
     peak_memory_bytes,
     precision_of,
     warn_if_single_thread,
@@ -358,6 +360,7 @@ def test_a_pass_over_images_says_how_many_are_done_at_what_rate_and_how_long_the
 @pytest.fixture(params=[True, False], ids=["with bf16", "without"])
 def has_bf16(request, monkeypatch):
     """Whether the processors of this machine, of both kinds, multiply in bf16."""
+    monkeypatch.setattr(loop.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: request.param)
     # emulation would make it True on every GPU
@@ -366,22 +369,51 @@ def has_bf16(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("gpu, use_cpu", [(True, "false"), (True, "true"), (False, "false")])
-def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(monkeypatch, gpu, use_cpu):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", use_cpu)
-    for kind, expected in (("cuda", gpu and use_cpu == "false"), ("cpu", not gpu or use_cpu == "true")):
-        monkeypatch.setattr(loop, "multiplies_in_bf16", lambda device, kind=kind: device.type == kind)
-        assert precision_of("auto") == ("bf16" if expected else "no")
+@pytest.mark.parametrize(
+    "environment, accelerator, known",
+    [
+        ({}, None, True),
+        ({}, "cuda", True),
+        ({}, "mps", False),
+        ({"ACCELERATE_USE_CPU": "true"}, "mps", True),
+        ({"ACCELERATE_TORCH_DEVICE": "cpu"}, "mps", True),
+    ],
+)
+def test_automatic_precision_is_bf16_where_the_processor_multiplies_in_it(
+    monkeypatch, has_bf16, environment, accelerator, known
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(accelerator))
+    assert precision_of("auto") == ("bf16" if has_bf16 and known else "no")
     assert precision_of(None) is None and precision_of("fp16") == "fp16"
 
 
-@pytest.mark.parametrize("device, name", [("cpu", "this CPU"), ("cuda", "this GPU"), ("mps", None)])
+def test_nothing_is_said_of_processors_that_are_not_known(monkeypatch):
+    monkeypatch.setattr(loop.platform, "machine", lambda: "aarch64")
+    assert multiplies_in_bf16(torch.device("cpu")) is None and multiplies_in_bf16(torch.device("xpu")) is None
+
+
+@pytest.mark.parametrize(
+    "device, advice", [("cpu", "this CPU .* could be no"), ("cuda", "GPU .* fp16 or no"), ("mps", None)]
+)
 @pytest.mark.parametrize("precision", ["bf16", "no"])
-def test_bf16_is_said_to_be_slow_where_the_processor_does_not_multiply_in_it(caplog, has_bf16, device, name, precision):
+def test_bf16_is_said_to_be_slow_where_the_processor_does_not_multiply_in_it(
+    caplog, has_bf16, device, advice, precision
+):
     for rank in (0, 1):
         accelerator = process(rank, num_processes=2, device=device)
         accelerator.mixed_precision = precision
-        warn_if_slow_precision(logging.getLogger("test"), accelerator)
-    warns = name is not None and precision == "bf16" and not has_bf16
-    assert [name in text and "--mixed_precision auto" in text for text in caplog.messages] == [True] * warns
+        warn_if_slow_precision(logging.getLogger("test"), accelerator, "float32")
+    warns = advice is not None and precision == "bf16" and not has_bf16
+    assert [bool(re.search(advice, text)) for text in caplog.messages] == [True] * warns
+
+
+def test_a_teacher_in_bf16_is_said_to_be_slow_too(caplog, monkeypatch):
+    monkeypatch.setattr(loop, "multiplies_in_bf16", lambda device: False)
+    accelerator = process()
+    accelerator.mixed_precision = "no"
+    warn_if_slow_precision(logging.getLogger("test"), accelerator, "bfloat16")
+    (message,) = caplog.messages
+    assert message.startswith("teacher_dtype is bfloat16, in which this CPU") and message.endswith("could be float32")

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from raptor_hf import RaptorModel
-from raptor_hf.recipes import optimizers
 from raptor_hf.recipes.optimizers import (
     ADAMW_SHARE,
     MuonWithAdamW,
@@ -20,10 +19,9 @@ from tests.support.tiny_models import randomize
 from tests.support.tiny_raptors import tiny_config
 
 
-@pytest.fixture(params=[True, False], ids=["bf16", "float32"], autouse=True)
-def in_bf16(request, monkeypatch) -> bool:
-    """Whether the device multiplies in bf16, so that Muon does."""
-    monkeypatch.setattr(optimizers, "multiplies_in_bf16", lambda device: request.param)
+@pytest.fixture(params=["bf16", "no"])
+def precision(request) -> str:
+    """Of the run, which Muon follows."""
     return request.param
 
 
@@ -77,7 +75,7 @@ def test_a_matrix_of_zeros_leaves_zero():
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch 2.9 brings Muon")
-def test_the_blocks_matrices_go_as_under_pytorch_s_muon_and_all_others_as_under_adamw(in_bf16):
+def test_the_blocks_matrices_go_as_under_pytorch_s_muon_and_all_others_as_under_adamw(precision):
     ours, theirs = network(), network()
     matrices, others = split(theirs)
     # PyTorch's own scaling gives every step a root mean square of .2 times its rate
@@ -90,27 +88,26 @@ def test_the_blocks_matrices_go_as_under_pytorch_s_muon_and_all_others_as_under_
     for optimizer, rate in zip([*muons, adamw], [*rates, ADAMW_SHARE], strict=True):
         optimizer.step = partial(_at_rate, optimizer, optimizer.step, rate)
     start = copy.deepcopy(ours)
-    train(ours, [make_optimizer("muon", ours, learning_rate=0.01, weight_decay=0.1)])
+    train(ours, [make_optimizer("muon", ours, learning_rate=0.01, weight_decay=0.1, mixed_precision=precision)])
     train(theirs, [*muons, adamw])
-    if in_bf16:  # as PyTorch's is on every device
+    if precision == "bf16":  # as PyTorch's is in every run
         torch.testing.assert_close(dict(ours.named_parameters()), dict(theirs.named_parameters()), atol=1e-6, rtol=1e-5)
     for one, other, before in zip(split(ours)[0], matrices, split(start)[0], strict=True):
         # PyTorch's loses some of the smallest directions in bf16
-        assert (one - other).norm() < (1e-3 if in_bf16 else 0.25) * (one - before).norm()
+        assert (one - other).norm() < (1e-3 if precision == "bf16" else 0.25) * (one - before).norm()
     assert not same(ours, start)
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.05), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12), (24, 24)])
-def test_orthogonalised_matrices_keep_their_directions_and_all_have_about_the_same_length(shape, in_bf16):
-    rank = min(shape)
+def test_orthogonalised_matrices_keep_their_directions_and_all_have_about_the_same_length(shape, dtype, error):
     draw = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(draw, full_matrices=False)
-    matrix = left * torch.logspace(-1, 1, rank) @ right
-    found = orthogonalized(matrix)
-    assert found.dtype == (torch.bfloat16 if in_bf16 else torch.float32) and found.shape == shape
+    found = orthogonalized((left * torch.logspace(-1, 1, min(shape)) @ right).to(dtype))
+    assert found.dtype == dtype and found.shape == shape
     lengths = left.T @ found.float() @ right.T
     assert (0.65 < lengths.diag()).all() and (lengths.diag() < 1.25).all()
-    assert (lengths - lengths.diag().diag()).abs().max() < (0.05 if in_bf16 else 1e-5)
+    assert (lengths - lengths.diag().diag()).abs().max() < error
 
 
 def test_a_gradient_of_zeros_gives_no_step():

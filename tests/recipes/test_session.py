@@ -21,7 +21,7 @@ from raptor_hf.conversion import student_from_teacher
 from raptor_hf.data.loaders import TooManyFailuresError
 from raptor_hf.hub.heads import save_head
 from raptor_hf.image_processing_raptor import RaptorImageProcessor
-from raptor_hf.recipes import files
+from raptor_hf.recipes import files, session
 from raptor_hf.recipes.checkpoint import CheckpointError
 from raptor_hf.recipes.files import fingerprint_tensors, flush
 from raptor_hf.recipes.fingerprints import fingerprint_dataset, fingerprint_model
@@ -222,9 +222,17 @@ def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     alone = SimpleNamespace(num_processes=1)
     check_launch(alone)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_launch(SimpleNamespace(num_processes=2))
+    check_launch(SimpleNamespace(num_processes=2, mixed_precision="no"))
     with pytest.raises(ValueError, match="num_processes is 2 in the launcher, but each process runs alone"):
         check_launch(alone)
+
+
+def test_processes_of_different_precision_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(session, "gather_object", lambda own: [*own, "bf16"])
+    check_launch(SimpleNamespace(num_processes=2, mixed_precision="bf16"))
+    with pytest.raises(ValueError, match="auto, which is bf16 and no on the devices of these processes; give one"):
+        check_launch(SimpleNamespace(num_processes=2, mixed_precision="no"))
 
 
 @pytest.mark.parametrize(

@@ -330,10 +330,10 @@ def first_to_stay(evaluations: Sequence[Mapping[str, float]], score: str, target
 
 def _precision_sentences(variants: Mapping[str, Sequence[Record]]) -> list[str]:
     """The precision of each variant, if they differ: seconds depend on it."""
-    precisions = {name: runs[0]["mixed_precision"] for name, runs in variants.items() if runs}
-    if len(set(precisions.values())) < 2:
+    kinds = {name: {run["mixed_precision"].replace("no", "fp32") for run in runs} for name, runs in variants.items()}
+    if len(set().union(*kinds.values())) < 2:
         return []
-    parts = (f'"{name}" in {"fp32" if kind == "no" else kind}' for name, kind in precisions.items())
+    parts = (f'"{name}" in {" and ".join(sorted(found))}' for name, found in kinds.items() if found)
     return [f"Seconds depend on the precision of training, in which variants differ: {', '.join(parts)}."]
 
 

@@ -403,6 +403,10 @@ def test_convergence_figure_refuses_seeds_that_cannot_be_averaged():
         ("cifar10_partitions", 69),
         ("digits_frontier", 36),
         ("cifar10_frontier", 45),
+        ("digits", 15),
+        ("digits_elastic", 19),
+        ("digits_options", 17),
+        ("digits_untied", 6),
         ("time_to_fidelity_digits", 9),
         ("time_to_fidelity_cifar10", 9),
     ],
@@ -456,7 +460,11 @@ def test_study_of_real_runs_reports_them_and_the_failing_one(study, settings, tm
     metrics = json.loads((tmp_path / "runs" / "works" / "seed-0" / "metrics.json").read_text())
     assert run["r2_last"] == metrics["fidelity"]["r2"][-1] and run["r2_mean"] == np.mean(metrics["fidelity"]["r2"])
     assert run["parameters"] == metrics["parameters"] and run["training_steps"] == 2
-    assert run["mixed_precision"] == "no" and run["overrides"]["batch_size"] == 8 and "seed" not in run["overrides"]
+    assert (
+        run["mixed_precision"] == metrics["mixed_precision"]
+        and run["overrides"]["batch_size"] == 8
+        and "seed" not in run["overrides"]
+    )
 
     # the same command with other flags must not take the finished run for its own
     monkeypatch.setattr("sys.argv", ["study.py", *arguments, "--common_flags", " --stage2_steps 4 --warmup_steps 1"])
