@@ -175,8 +175,7 @@ def test_digits_k3_of_the_zoo_is_the_run_of_its_config(zoo):
     assert len(same) > 40 and {name: getattr(config, name) for name in same} == same
     numbers = json.loads((ROOT / "model_cards" / "digits-k3" / "metrics.json").read_text())
     comment = (ROOT / "training/configs/distill/digits_k3.yaml").read_text()
-    # the comment has the mean of three seeds, of which this is one
-    assert numbers["fidelity"]["r2"][-1] == pytest.approx(float(re.search(r"R\^2 (\.\d+)", comment)[1]), abs=0.002)
+    assert f"R^2 {numbers['fidelity']['r2'][-1]:.3f}".replace(" 0.", " .") in comment
     assert numbers["teacher"]["name"] == "model_cards/digits-teacher"
 
 

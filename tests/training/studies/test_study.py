@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -448,7 +449,7 @@ def test_study_of_real_runs_reports_them_and_the_failing_one(study, settings, tm
     ]
     arguments += [
         "--common_flags",
-        " --stage2_steps 2 --warmup_steps 1 --batch_size 8 --phase_images 8 --num_bootstraps 0",
+        " --stage2_steps 2 --warmup_steps 1 --batch_size 8 --phase_images 8 --num_bootstraps 0 --mixed_precision no",
     ]
     arguments += ["--variants", "works --init middle", "no such split --train_split nonsense"]
     monkeypatch.setattr("sys.argv", ["study.py", *arguments])
@@ -459,13 +460,9 @@ def test_study_of_real_runs_reports_them_and_the_failing_one(study, settings, tm
     (run,) = json.loads((tmp_path / "results" / "results.json").read_text())["runs"]
     metrics = json.loads((tmp_path / "runs" / "works" / "seed-0" / "metrics.json").read_text())
     r2 = metrics["fidelity"]["r2"]
-    assert run["r2_last"] == r2[-1] and run["r2_mean"] == pytest.approx(np.mean(r2))
+    assert run["r2_last"] == r2[-1] and run["r2_mean"] == statistics.fmean(r2)
     assert run["parameters"] == metrics["parameters"] and run["training_steps"] == 2
-    assert (
-        run["mixed_precision"] == metrics["mixed_precision"]
-        and run["overrides"]["batch_size"] == 8
-        and "seed" not in run["overrides"]
-    )
+    assert run["mixed_precision"] == "no" and run["overrides"]["batch_size"] == 8 and "seed" not in run["overrides"]
 
     # the same command with other flags must not take the finished run for its own
     monkeypatch.setattr("sys.argv", ["study.py", *arguments, "--common_flags", " --stage2_steps 4 --warmup_steps 1"])
