@@ -74,6 +74,34 @@ def test_booleans_are_switched_both_ways_whatever_the_file_says(config, in_file,
     assert (unchanged.stage1, unchanged.resume) == (expected["stage1"], expected["resume"])
 
 
+def test_none_on_the_command_line_takes_back_what_the_file_gives(config):
+    path = config("output_dir: a\nrevision: main\nmax_images: 5\nlayers: [1, 2]\nloss: cosine\n")
+    settings = parse(path, "--revision", "none", "--max-images=none", "--layers", "none")
+    assert (settings.revision, settings.max_images, settings.layers) == (None, None, None)
+    assert parse(path, "--max_images", "none", "--max_images", "3").max_images == 3
+    assert parse(path, "--layers", "none", "--layers", "3", "4").layers == [3, 4]
+    # only where None is a value; where it is the name of a choice it stays that
+    assert parse("--output_dir", "none").output_dir == "none"
+    for flags in (["--num_steps", "none"], ["--loss", "none"]):
+        with pytest.raises(ValueError, match="'none'"):
+            parse(path, *flags)
+    with pytest.raises(ValueError, match="--layers: none goes with no other value, got none 3"):
+        parse(path, "--layers", "none", "3")
+    with pytest.raises(ValueError, match="invalid int value: 'nine'"):
+        parse(path, "--max_images", "nine")
+
+
+def test_none_is_the_choice_of_that_name_where_there_is_one():
+    @dataclass(frozen=True)
+    class Augmented:
+        augment: Literal["none", "crop"] | None = None
+        scale: Literal["small", "large"] | None = None
+
+    settings = parse_settings(Augmented, ["--augment", "none", "--scale", "none"], exit_on_error=False)
+    assert (settings.augment, settings.scale) == ("none", None)
+    assert parse_settings(Augmented, ["--scale", "large"], exit_on_error=False).scale == "large"
+
+
 @pytest.mark.parametrize("spelling", ["3e-4", "3.0e-4", "0.0003", "'3e-4'"])
 def test_float_in_any_spelling(config, spelling):
     assert parse(config(f"output_dir: a\nbase_lr: {spelling}")).base_lr == 3e-4

@@ -8,6 +8,7 @@ Only modules that load in a moment are imported here, so that help and mistakes 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import sys
 import types
 import typing
@@ -35,8 +36,9 @@ def parse_settings(
 
     A flag wins over the file, and the file over the default. Fields may be bool, int, float, str, Literal, a list of
     one of these, or any of them `| None`. A bool `x` has the flags `--x` and `--no_x`; a list takes several values
-    (`--block_repeats 7 3 2`). A class with a `recipe`, the name of its folder in training/configs, takes the names of
-    the configurations there. `--help` shows what the file gives.
+    (`--block_repeats 7 3 2`). The flag of a field that may be None takes `none`, unless that is one of its choices. A
+    class with a `recipe`, the name of its folder in training/configs, takes the names of the configurations there.
+    `--help` shows what the file gives.
 
     Args:
         settings_class: dataclass; checks its values in `__post_init__`, raising ValueError.
@@ -199,6 +201,7 @@ def _parse_flags(
         description=_description(settings_class, command),
         formatter_class=_HelpPage,
     )
+    _take_none(parser, annotations)
     flags = {"help", *annotations}
     for name, annotation, copy in (field for fields in groups.values() for field in fields):
         if annotation is bool:
@@ -214,7 +217,29 @@ def _parse_flags(
     if unknown:
         raise ValueError(f"unexpected argument {unknown[0]!r}; one YAML file comes first, flags follow")
     values = {name: value for group in parsed for name, value in vars(group).items()}
+    for name, value in values.items():
+        if isinstance(value, list) and None in value:
+            if len(value) > 1:
+                raise ValueError(f"argument --{name}: none goes with no other value, got {_shown(value)}")
+            values[name] = None
     return {name: values[name] for name in annotations}
+
+
+def _take_none(parser: argparse.ArgumentParser, annotations: dict[str, Any]) -> None:
+    """Let `none`, as help writes it, stand for None in the flags of fields that may be None."""
+    for action in parser._actions:
+        optional = type(None) in typing.get_args(annotations.get(action.dest))
+        if not optional or "none" in _choices(annotations[action.dest]):
+            continue
+
+        @functools.wraps(action.type)
+        def read(text: str, kind: Any = action.type) -> Any:
+            return None if text in ("none", "None") else kind(text)
+
+        action.type = read
+        if action.choices is not None:
+            action.choices = [*action.choices, None]
+
 
 
 def _first_argument(settings_class: type) -> str:
@@ -259,4 +284,6 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "none" if isinstance(value, list) else "none" if value is None else str(value)
+    if isinstance(value, list):
+        return " ".join(map(_shown, value)) or "none"
+    return "none" if value is None else str(value)
