@@ -90,9 +90,12 @@ def rank_correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[st
     if len(members) < 2:
         return Estimate(value, math.nan, math.nan)
 
-    def of_drawn(replicas: np.ndarray, axis: int) -> list[float]:
-        pairs = (np.concatenate([members[group] for group in drawn]) for drawn in replicas)
-        return [float(_spearman(x[rows], y[rows], axis=axis)) for rows in pairs]
+    def of_drawn(replicas: np.ndarray, axis: int) -> np.ndarray:
+        # few groups are drawn in few ways, if not for their order
+        ways, way_of_replica = np.unique(np.sort(replicas, axis=axis), axis=0, return_inverse=True)
+        pairs = (np.concatenate([members[group] for group in drawn]) for drawn in ways)
+        values = np.array([_spearman(x[rows], y[rows], axis=axis) for rows in pairs])
+        return values[way_of_replica.reshape(-1)]
 
     return Estimate(value, *bootstrap_interval([np.arange(len(members))], of_drawn))
 

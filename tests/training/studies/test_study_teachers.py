@@ -20,9 +20,9 @@ from training.studies.teachers import layer_similarity
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "training" / "configs"
 TEACHER_FLAGS = "--steps 3 --warmup_steps 1 --patch_size 4 --hidden_size 24 --num_layers 4 --batch_size 16"
-TEACHER_FLAGS += " --test_split test[:60]"
+TEACHER_FLAGS += " --train_split train[:200] --test_split test[:60]"
 STUDENT_FLAGS = "--stage2_steps 2 --warmup_steps 1 --batch_size 8 --phase_images 16 --num_bootstraps 0 --num_blocks 2"
-STUDENT_FLAGS += " --test_split test[:60]"
+STUDENT_FLAGS += " --fit_images 16 --test_split test[:60]"
 WRITE_METRICS = "import pathlib, sys; pathlib.Path(sys.argv[1], 'metrics.json').write_text('{}')"
 
 
