@@ -10,7 +10,7 @@ from training.studies.conclusions import markdown_table
 
 NAMES = {"digits": "digits (8 px, D=96)", "vits14": "ViT-S/14, 224 px", "vitb14": "ViT-B/14, 224 px"}
 COMMAND = "python -m training.benchmarks.benchmark"
-SCORES = {"r2_last": "last-layer R²", "student_accuracy": "accuracy"}
+SCORES = {"r2_last": "last-layer R²", "r2_mean": "mean R²", "student_accuracy": "accuracy"}
 
 
 @dataclass(frozen=True)

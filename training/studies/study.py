@@ -7,7 +7,7 @@ command leaves the runs that have finished, and resumes an interrupted one from 
 and gives stands in its config file.
 """
 
-from raptor_settings.parse import parse_settings
+from raptor_settings.parse import parse_settings, read_yaml
 
 from .settings import StudySettings, slug, split_variants
 
@@ -300,6 +300,8 @@ def write_results(settings: StudySettings, records: Sequence[Record], output_dir
             "title": settings.title,
             "command": command,
             "base": settings.base,
+            # as the file was: it may change, and then the page no longer says what was run
+            "base_settings": read_yaml(Path(settings.base)),
             "common_flags": settings.common_flags,
             "published": settings.published,
             "published_name": settings.published_name if settings.published else None,

@@ -13,9 +13,11 @@ from tests.support.benchmark_records import (
     training_record,
     training_row,
 )
+from training.benchmarks import report
 from training.benchmarks.benchmark import fidelity_results
 from training.benchmarks.report import Target, page, targets_of
 from training.benchmarks.settings import PARTS
+from training.studies import conclusions
 
 SMALL = "training step, digits (8 px, D=96), times the reference"
 VIT_S = "training step, ViT-S/14, 224 px, times the reference"
@@ -161,6 +163,10 @@ def test_time_to_fidelity_is_a_target_and_a_seed_that_never_arrives_a_miss():
     texts = [page({}, {"fidelity_digits": {"comparisons": [plain, own]}}) for own in (arrived, late)]
     assert "met | digits | 0.15 | ≤ 0.2" in texts[0] and "inf | ≤ 0.2" in texts[1]
     assert "missed" in texts[1] and all(text.count("time to the last-layer R²") == 1 for text in texts)
+
+
+def test_every_score_that_a_study_compares_times_of_has_a_name():
+    assert report.SCORES.keys() == conclusions.SCORES.keys()
 
 
 def test_the_page_names_the_notes_beside_it_only_where_they_are():

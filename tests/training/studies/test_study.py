@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from raptor_settings.parse import read_yaml
 
 from raptor_hf.recipes.run_metrics import StudentMetrics
 from raptor_hf.recipes.settings import parse_settings, save_settings
@@ -535,3 +536,24 @@ def test_numbers_of_other_settings_or_another_run_are_not_believed(study, settin
     blocks = [[layer] for layer in range(1, wanted + 2)]
     with pytest.raises(ValueError, match=f"has {wanted + 1} blocks|has blocks of"):
         study.check_numbers(run, StudentMetrics.from_dict({"blocks": blocks}))
+
+
+PAGES = [
+    path
+    for path in sorted((ROOT / "training" / "results").rglob("results.json"))
+    if "common_flags" in json.loads(path.read_text())
+]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.parent.name)
+def test_a_committed_page_says_which_settings_its_runs_had(path):
+    """Where a configuration has changed since, every run of a page that starts from it names the setting it had."""
+    results, page = json.loads(path.read_text()), (path.parent / "table.md").read_text()
+    assert f"Base {results['base']}, for all variants `{results['common_flags'].strip()}`" in page
+    then, now = results["base_settings"], read_yaml(ROOT / results["base"])
+    changed = {name for name in {*then, *now} - {"output_dir", "log_every"} if then.get(name) != now.get(name)}
+    for run in results["runs"]:
+        assert changed <= run["overrides"].keys(), (
+            f"{results['base']} has changed: measure {path.parent.name} again, or write the values that it had into "
+            "the flags of the study and of its page"
+        )
