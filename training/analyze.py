@@ -48,6 +48,7 @@ from raptor_hf.metrics import FidelityAccumulator, TopKAccuracy
 from raptor_hf.phases import Partition, find_phases, other_phases
 from raptor_hf.recipes.fingerprints import fingerprint_model
 from raptor_hf.recipes.loop import describe_environment, warn_if_single_thread
+from raptor_hf.recipes.models import model_of
 from raptor_hf.recipes.run_metrics import read_json
 from raptor_hf.recipes.settings import settings_to_dict, user_errors
 from raptor_hf.similarity import SimilarityAccumulator
@@ -116,7 +117,10 @@ def check_output(folder: Path) -> None:
 
 def open_models(settings: AnalyzeSettings, device: torch.device) -> dict[str, Teacher]:
     """The models by name, in the order of the figures."""
-    models = [load_teacher(name, device=device) for name in (settings.model, *settings.compare)]
+    models = []
+    for setting, name in (("model", settings.model), *(("compare", name) for name in settings.compare)):
+        with model_of(setting, name):
+            models.append(load_teacher(name, device=device))
     if settings.untrained:
         models.append(untrained(models[0], settings.seed, with_classifier=True))
     for model in models[1:]:

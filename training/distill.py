@@ -60,7 +60,7 @@ from raptor_hf.recipes.loop import (
 from raptor_hf.recipes.optimizers import check_optimizer, has_fused_adamw, make_optimizer
 from raptor_hf.recipes.run_metrics import StudentMetrics
 from raptor_hf.recipes.session import Session, holds_backbone, run_program, save_model, whole_weights
-from raptor_hf.recipes.settings import user_errors
+from raptor_hf.recipes.settings import check_output_dir, user_errors
 from raptor_hf.teacher import Teacher, count_parameters, macs
 
 logger = logging.getLogger("distill")
@@ -75,6 +75,8 @@ def main() -> None:
     with user_errors():
         session = Session("distill", settings)
         accelerator, folder = session.accelerator, session.folder
+        if settings.trajectory_cache_dir is not None:
+            check_output_dir(settings.trajectory_cache_dir, setting="trajectory_cache_dir")
         check_optimizer(settings.optimizer, sharded=accelerator.distributed_type == DistributedType.FSDP)
         # the weights have a generator of their own; every process draws input noise of its own
         set_seed(settings.seed, device_specific=True)

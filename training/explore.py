@@ -22,12 +22,14 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
+from raptor_hf.configuration_raptor import as_pair
 from raptor_hf.data.images import check_image_size, load_image_processor, open_images
 from raptor_hf.dynamics.explorer import explore
 from raptor_hf.image_processing_raptor import viewed_image
 from raptor_hf.recipes.files import write_text_atomically
-from raptor_hf.recipes.settings import user_errors
-from raptor_hf.teacher import load_teacher
+from raptor_hf.recipes.models import model_of
+from raptor_hf.recipes.settings import check_output_dir, user_errors
+from raptor_hf.teacher import Teacher, load_teacher
 
 logger = logging.getLogger("explore")
 
@@ -36,10 +38,14 @@ def main() -> None:
     settings = parse_settings(ExploreSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
-        teacher = load_teacher(settings.teacher, attn_implementation="eager")
-        student = None if settings.student is None else load_teacher(settings.student, attn_implementation="eager")
+        teacher, student = (
+            None if name is None else open_model(setting, name)
+            for setting, name in (("teacher", settings.teacher), ("student", settings.student))
+        )
+        check_pair(settings, teacher, student)
         if not 1 <= settings.num_blocks <= teacher.num_layers:
             raise ValueError(f"num_blocks is {settings.num_blocks}; it must be in 1..{teacher.num_layers}, the layers")
+        check_output_dir(Path(settings.output).parent, setting="folder of output")
         processor = load_image_processor(settings.teacher)
         titles, pixel_values = open_photographs(settings, processor, teacher.patch_size)
         page = explore(
@@ -52,9 +58,25 @@ def main() -> None:
             std=processor.image_std,
             num_blocks=settings.num_blocks,
         )
-        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(settings.output, page)
     print(f"saved to {settings.output}: {len(titles)} photographs, {len(page) / 1e6:.1f} MB")
+
+
+def open_model(setting: str, name: str) -> Teacher:
+    """Open the model that a setting names, with an attention that shows its weights."""
+    with model_of(setting, name):
+        return load_teacher(name, attn_implementation="eager")
+
+
+def check_pair(settings: ExploreSettings, teacher: Teacher, student: Teacher | None) -> None:
+    """Refuse a student that cannot look at the teacher's images, or whose states cannot lie beside the teacher's."""
+    for name in ("patch_size", "hidden_size") if student is not None else ():
+        theirs, own = getattr(teacher, name), getattr(student, name)
+        if own != theirs:
+            raise ValueError(
+                f"student is {settings.student!r}, of {name} {own}; that of teacher {settings.teacher!r} is {theirs}: "
+                "give a student and its own teacher"
+            )
 
 
 def open_photographs(
@@ -63,6 +85,9 @@ def open_photographs(
     """Open the photographs: their titles, and the processed images, (B, 3, H, W)."""
     if settings.image_size is not None:
         side = settings.image_size
+        for patch in as_pair(patch_size):
+            if side % patch:
+                raise ValueError(f"image_size is {side}; it must be a multiple of the patch, {patch}")
         processor.size, processor.crop_size = {"shortest_edge": side}, {"height": side, "width": side}
     check_image_size(processor, patch_size)
     if settings.images is None:
@@ -75,7 +100,7 @@ def open_photographs(
             try:
                 with Image.open(path) as image:
                     pictures.append(viewed_image(image).convert("RGB"))
-            except OSError as error:
+            except (OSError, Image.DecompressionBombError) as error:
                 raise ValueError(f"images has {path!r}, which is no readable image: {error}") from error
     return titles, torch.cat([processor(images=[p], return_tensors="pt")["pixel_values"] for p in pictures])
 

@@ -31,11 +31,12 @@ from transformers import PreTrainedModel
 import raptor_hf
 from raptor_hf.configuration_raptor import RaptorConfig, as_pair
 from raptor_hf.data.images import check_image_size, load_image_processor, open_images
-from raptor_hf.data.loaders import ImageLoader, eval_loader
+from raptor_hf.data.loaders import ImageLoader, check_readable, eval_loader
 from raptor_hf.export.agreement import Agreement, open_file
 from raptor_hf.export.programs import output_names, parameter_bytes, save_pt2
 from raptor_hf.recipes.files import remove, write_json
-from raptor_hf.recipes.settings import user_errors
+from raptor_hf.recipes.models import model_of
+from raptor_hf.recipes.settings import check_output_dir, user_errors
 from raptor_hf.teacher import Teacher, load_teacher
 
 logger = logging.getLogger("export")
@@ -53,20 +54,23 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
         check_packages(settings.formats)
-        model = load_student(settings.model, settings.variant)
-        teacher = None if settings.teacher is None else load_teacher(settings.teacher)
-        if teacher is not None and teacher.classifier is None:
-            raise ValueError(f"teacher is {settings.teacher!r}, which has no classifier to agree with")
+        with model_of("model", settings.model):
+            model = load_student(settings.model, settings.variant)
+        teacher = None if settings.teacher is None else open_teacher(settings.teacher)
+        check_size(settings.image_size, model)
         calibration, test = open_loaders(settings, model)
         folder = Path(settings.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        check_output_dir(folder)
     names, size = output_names(model), parameter_bytes(model)
     records = []
-    with tempfile.TemporaryDirectory() as scratch:
+    # in the folder itself, where a whole file takes the place of an earlier one at once
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         for kind, precision in settings.files():
             path = folder / f"model_{precision}{SUFFIXES[kind]}"
+            written = Path(scratch) / path.name
+            write(model, kind, precision, written, settings.image_size, calibration, Path(scratch))
             remove(path)
-            write(model, kind, precision, path, settings.image_size, calibration, Path(scratch))
+            written.rename(path)
             stored = size_of(path)
             records.append({"file": path.name, "format": kind, "precision": precision, "bytes": stored})
             records[-1]["of_the_parameters"] = stored / size
@@ -100,9 +104,31 @@ def load_student(name: str, variant: str | None) -> PreTrainedModel:
     source = find_model(name)
     config = RaptorConfig.from_pretrained(source)
     heads = getattr(config, "head_variants", None) or {}
-    owners = [kind for kind, variants in heads.items() if variant in variants] or config.architectures
+    owners = [kind for kind, variants in heads.items() if variant in variants] or config.architectures or [None]
+    if not (isinstance(owners[0], str) and owners[0] in raptor_hf.__all__):
+        raise ValueError(
+            f"model is {name!r}, whose config.json names {owners[0]} as its class; it must be a student of raptor_hf, "
+            "as distill.py saves it at the end of a run"
+        )
     options = {} if variant is None else {"variant": variant}
     return getattr(raptor_hf, owners[0]).from_pretrained(source, dtype=torch.float32, **options).eval()
+
+
+def open_teacher(name: str) -> Teacher:
+    """Load the model that files are compared with, too."""
+    with model_of("teacher", name):
+        teacher = load_teacher(name)
+    if teacher.classifier is None:
+        raise ValueError(f"teacher is {name!r}, which has no classifier to agree with")
+    return teacher
+
+
+def check_size(image_size: list[int] | None, model: PreTrainedModel) -> None:
+    """Refuse a size of images that does not divide into patches."""
+    for side, patch in zip(image_size or (), as_pair(model.config.patch_size), strict=False):
+        if side % patch:
+            near = " or ".join(str(size) for size in (side // patch * patch, side // patch * patch + patch) if size)
+            raise ValueError(f"image_size is {image_size}; {side} must be a multiple of the patch, such as {near}")
 
 
 def open_loaders(settings: ExportSettings, model: PreTrainedModel) -> tuple[list[Tensor] | None, ImageLoader | None]:
@@ -119,6 +145,7 @@ def open_loaders(settings: ExportSettings, model: PreTrainedModel) -> tuple[list
         images = open_images(settings.dataset, split)
         return eval_loader(images, processor, batch_size=settings.batch_size, limit=limit)
 
+    check_readable(open_images(settings.dataset, settings.test_split), processor, limit=settings.test_images)
     calibration = None
     if any(precision in ("int8_static", "int4") for _, precision in settings.files()):
         batches = loader(settings.calibration_split, settings.calibration_images)

@@ -277,6 +277,23 @@ def eval_loader(
     return _image_loader(_Batches(reader, None), max_failures, sampler=positions, **options)
 
 
+def check_readable(
+    images: ImageSet, processor: BaseImageProcessor, *, limit: int | None = None, max_failures: int = 100
+) -> None:
+    """Refuses images of which none can be read, by reading the first that can.
+
+    Args:
+        images, processor, limit, max_failures: as in `eval_loader`.
+
+    Raises:
+        ValueError: all of them, or more than `max_failures` at the beginning, cannot be read.
+    """
+    try:
+        next(iter(eval_loader(images, processor, batch_size=1, limit=limit, max_failures=max_failures)), None)
+    except TooManyFailuresError as error:
+        raise ValueError(f"images of {images.title}: {error}") from error
+
+
 @dataclass(frozen=True)
 class Steps:
     """Tells which positions of the endless sequence of epochs make up a step.

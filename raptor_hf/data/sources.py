@@ -46,12 +46,12 @@ def open_splits(
         MissingSplitError: if a split is not there.
         ValueError: as `open_split` does; if images are to be held out of a stream or of a single image.
     """
-    train = open_split(train_split)
+    train = _open_named(open_split, "train_split", train_split)
     for split in (test_split,) if test_split else _TEST_SPLITS:
         if split == HELD_OUT:
             break
         try:
-            return train, open_split(split)
+            return train, _open_named(open_split, "test_split", split)
         except MissingSplitError:
             if test_split:
                 raise
@@ -66,6 +66,15 @@ def open_splits(
         train.select(kept, train_split, f"{train.title} (without {num_held_out:,} held out)"),
         train.select(held_out, HELD_OUT, f"{train.title} ({num_held_out:,} held out)"),
     )
+
+
+def _open_named(open_split: Callable[[str], AnySet], setting: str, split: str) -> AnySet:
+    try:
+        return open_split(split)
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized instruction"):
+            raise
+        raise ValueError(f"{setting} is {split!r}; it must be a split or a part of one, such as train[:80%]") from error
 
 
 def locate_source(dataset: str, split_names: list[str], **hub_options: str | None) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def sized_steps(
     own_tokens, multiple = num_tokens(processor, teacher), num_processes * settings.gradient_accumulation_steps
     views = {}
     for size in {*sizes, settings.final_image_size} - {None}:
-        resized = resized_processor(processor, size, teacher.patch_size)
+        setting = "image_sizes" if size in (settings.image_sizes or ()) else "final_image_size"
+        resized = _resized(processor, size, teacher, setting)
         batch_size = batch_size_at(settings.batch_size, num_tokens(resized, teacher), own_tokens, multiple)
         cropped, crop = cropping(resized, teacher) if settings.augment else (resized, None)
         views[size] = View(cropped, batch_size, crop)
@@ -76,5 +77,13 @@ def further_processors(
     own = min(check_image_size(processor, teacher.patch_size))
     trained = {*(settings.image_sizes or []), settings.final_image_size} - {None}
     sizes = {2 * own} | trained if settings.eval_sizes is None else {*settings.eval_sizes}
-    resized = [resized_processor(processor, size, teacher.patch_size) for size in sorted(sizes - {own})]
+    resized = [_resized(processor, size, teacher, "eval_sizes") for size in sorted(sizes - {own})]
     return {"{} x {}".format(*check_image_size(each, teacher.patch_size)): each for each in resized}
+
+
+def _resized(processor: BaseImageProcessor, size: int, teacher: Teacher, setting: str) -> BaseImageProcessor:
+    """`resized_processor` for the teacher; what it refuses is said of the setting that the size is from."""
+    try:
+        return resized_processor(processor, size, teacher.patch_size)
+    except ValueError as error:
+        raise ValueError(f"{setting} has {size}: {error}") from error

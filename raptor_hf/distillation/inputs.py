@@ -6,25 +6,22 @@ import math
 
 import torch
 from accelerate import Accelerator
-from huggingface_hub.errors import StrictDataclassError
 from raptor_settings.distill import DistillSettings
 from raptor_settings.resources import find_model
-from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..accumulators import has_float64
 from ..data.images import ImageSet, check_image_size, load_image_processor, open_images
 from ..data.labels import ClassMatch, match_classes
+from ..data.loaders import check_readable
 from ..data.sources import open_splits
 from ..families import check_family, vision_config
+from ..recipes.models import model_of
 from ..teacher import Teacher, count_parameters, load_teacher
 from .student import make_student, trial_partition
 
 logger = logging.getLogger(__name__)
-
-# what a damaged file of weights, or numbers in a configuration that no model can have, raise in transformers
-UNREADABLE = (SafetensorError, StrictDataclassError, ArithmeticError, TypeError, RuntimeError, AttributeError, KeyError)
 
 
 def open_inputs(
@@ -40,7 +37,7 @@ def open_inputs(
         OSError: teacher or images cannot be read.
     """
     dtype = getattr(torch, settings.teacher_dtype)
-    try:
+    with model_of("teacher", settings.teacher):
         teacher = load_teacher(
             settings.teacher,
             revision=settings.teacher_revision,
@@ -48,11 +45,6 @@ def open_inputs(
             device=accelerator.device,
             layers=settings.target_layers,
         )
-    except UNREADABLE as error:
-        raise ValueError(
-            f"teacher is {settings.teacher!r}, whose files cannot be read ({type(error).__name__}: {error}); "
-            "it must be a whole model of transformers"
-        ) from error
     layers = teacher.num_layers
     check_blocks(settings, layers)
     share = accelerator.num_processes * settings.gradient_accumulation_steps
@@ -94,6 +86,8 @@ def open_inputs(
             streaming=settings.streaming,
         )
         train_images, test_images = open_splits(open_split, settings.train_split, settings.test_split)
+    # now, for they are used last
+    check_readable(test_images, processor, limit=settings.eval_images, max_failures=settings.max_decode_failures)
     if accelerator.is_main_process:
         logger.info("training on %s, testing on %s", train_images.title, test_images.title)
         if reason := class_match(teacher, test_images).reason:

@@ -396,8 +396,9 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     """Say what a result was computed with, naming neither machine nor user.
 
     Returns:
-        "device": name of the GPU, or of the processor with the number of threads; "versions": of Python and of the
-        libraries that the result depends on, as far as they are installed as packages.
+        "device": name of the GPU; or of the processor, whether it multiplies in bf16, which its name does not tell, and
+        the number of threads. "versions": of Python and of the libraries that the result depends on, as far as they are
+        installed as packages.
     """
     versions = {"python": platform.python_version()}
     for name in ("torch", "transformers", "accelerate", "datasets", "raptor_hf"):
@@ -408,7 +409,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "versions": versions}
     threads = torch.get_num_threads()
-    device = f"{_processor_name()}, {threads} {'thread' if threads == 1 else 'threads'}"
+    bf16 = " with bf16" if multiplies_in_bf16(device) else ""
+    device = f"{_processor_name()}{bf16}, {threads} {'thread' if threads == 1 else 'threads'}"
     return {"device": device, "versions": versions}
 
 

@@ -25,6 +25,8 @@ from ..probing import TOP5_CLASSES, Backbone, Probe, bank_bytes, initialize_head
 from ..teacher import count_parameters
 from .fingerprints import fingerprint_dataset
 from .loop import usable_workers
+from .models import model_of
+from .run_metrics import METRICS_FILE, StudentMetrics
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,16 @@ def open_backbone(settings: ProbeSettings) -> tuple[Backbone, nn.Linear | str | 
     if is_file and not Path(wanted).is_file():
         raise FileNotFoundError(f"init_head={wanted!r} does not exist; it is a file, a variant of the model, or 'own'")
     variant = None if wanted in (None, "own") or is_file else wanted
-    backbone = load_backbone(
-        settings.model,
-        revision=settings.model_revision,
-        num_layers=settings.num_layers,
-        variant=variant,
-        reinitialize=settings.reinitialize,
-    )
+    with model_of("model", settings.model):
+        backbone = load_backbone(
+            settings.model,
+            revision=settings.model_revision,
+            num_layers=settings.num_layers,
+            variant=variant,
+            reinitialize=settings.reinitialize,
+        )
+    if backbone.folder is not None and (backbone.folder / METRICS_FILE).exists():
+        StudentMetrics.read(backbone.folder)  # the probe's numbers go there: a damaged one is found before any training
     if wanted is None or is_file:
         return backbone, wanted
     if backbone.classifier is None:

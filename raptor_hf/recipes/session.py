@@ -32,7 +32,7 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import LoggerType, broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -73,11 +73,7 @@ class Session:
 
     def __init__(self, name: str, settings: Any) -> None:
         self.name, self.settings, self.folder = name, settings, Path(settings.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision=precision_of(settings.mixed_precision),
-            log_with=settings.tracker,
-            project_dir=str(self.folder / "logs") if settings.tracker else None,
-        )
+        self.accelerator = _accelerator(settings, self.folder)
         check_launch(self.accelerator)
         warn_if_single_thread(logger, self.accelerator)
         warn_if_slow_precision(logger, self.accelerator, getattr(settings, "teacher_dtype", None))
@@ -231,6 +227,27 @@ class Session:
             # Gloo's thread needs the interpreter once more to free its last work; the destructor of the model's reducer
             # waits for that thread and holds the interpreter (seen in torch 2.13), so that a run would never end
             time.sleep(0.5)
+
+
+def _accelerator(settings: Any, folder: Path) -> Accelerator:
+    """The Accelerator of a run, with its tracker.
+
+    Raises:
+        ValueError: accelerate knows no such tracker, or it is not installed.
+    """
+    if settings.tracker is None:
+        return Accelerator(mixed_precision=precision_of(settings.mixed_precision))
+    known = [each.value for each in LoggerType]
+    if settings.tracker not in known:
+        raise ValueError(f"tracker is {settings.tracker!r}; it must be one of {', '.join(known)}")
+    accelerator = Accelerator(
+        mixed_precision=precision_of(settings.mixed_precision),
+        log_with=settings.tracker,
+        project_dir=str(folder / "logs"),
+    )
+    if not accelerator.log_with:
+        raise ValueError(f"tracker is {settings.tracker!r}, which is not installed: pip install {settings.tracker}")
+    return accelerator
 
 
 def check_launch(accelerator: Accelerator) -> None:

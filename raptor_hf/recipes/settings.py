@@ -107,8 +107,13 @@ def prepare_output_dir(
     return folder
 
 
-def check_output_dir(output_dir: str | Path, needed_bytes: int = 0) -> Path:
+def check_output_dir(output_dir: str | Path, needed_bytes: int = 0, setting: str = "output_dir") -> Path:
     """Create a folder, or check that it can be written to and has enough free space; returns its path.
+
+    Args:
+        output_dir: the folder.
+        needed_bytes: free space that it must have.
+        setting: that names it, for messages.
 
     Raises:
         OSError: it cannot be created or written, or has not enough free space.
@@ -118,11 +123,11 @@ def check_output_dir(output_dir: str | Path, needed_bytes: int = 0) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"output_dir={str(folder)!r} is not a folder that can be written to: {error}") from error
+        raise OSError(f"{setting}={str(folder)!r} is not a folder that can be written to: {error}") from error
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OSError(
-            f"output_dir={str(folder)!r} is on a disk with {free / 1e9:,.2f} GB free, and the run needs "
+            f"{setting}={str(folder)!r} is on a disk with {free / 1e9:,.2f} GB free, and the run needs "
             f"{needed_bytes / 1e9:,.2f} GB; free some space or choose another folder"
         )
     return folder

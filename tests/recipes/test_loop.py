@@ -300,13 +300,16 @@ def test_json_refuses_what_it_cannot_hold_and_leaves_the_file(tmp_path, wrong, m
     assert json.loads(path.read_text()) == {"good": 1} and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize("num_threads, words", [(1, "1 thread"), (2, "2 threads")])
-def test_environment_is_device_and_versions_and_nothing_about_machine_or_user(monkeypatch, num_threads, words):
+@pytest.mark.parametrize(
+    "num_threads, bf16, words", [(1, True, " with bf16, 1 thread"), (2, False, ", 2 threads"), (2, None, ", 2 threads")]
+)
+def test_environment_is_device_and_versions_and_nothing_about_machine_or_user(monkeypatch, num_threads, bf16, words):
     monkeypatch.setattr(loop, "_processor_name", lambda: "Some CPU @ 3 GHz")
+    monkeypatch.setattr(loop, "multiplies_in_bf16", lambda device: bf16)
     monkeypatch.setattr(loop.torch, "get_num_threads", lambda: num_threads)
     environment = describe_environment(torch.device("cpu"))
     assert environment.keys() == {"device", "versions"}
-    assert environment["device"] == f"Some CPU @ 3 GHz, {words}"
+    assert environment["device"] == f"Some CPU @ 3 GHz{words}"
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["versions"]["python"] == platform.python_version()
     assert {"transformers", "accelerate", "datasets"} <= environment["versions"].keys()
@@ -315,7 +318,7 @@ def test_environment_is_device_and_versions_and_nothing_about_machine_or_user(mo
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="needs Linux")
 def test_processor_is_named_as_the_system_names_it():
     device = describe_environment(torch.device("cpu"))["device"]
-    name = device.rpartition(", ")[0]
+    name = device.rpartition(", ")[0].removesuffix(" with bf16")
     assert name and (name in Path("/proc/cpuinfo").read_text() or name == platform.machine())
 
 

@@ -898,6 +898,7 @@ def test_teacher_that_cannot_be_one_is_refused(refused, tmp_path):
     bert = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
     BertModel(bert).save_pretrained(tmp_path / "bert")
     assert "is a 'bert' model; supported are dinov2" in refused(teacher=tmp_path / "bert")
+    assert "teacher is 'none': " in refused(teacher="none")
 
 
 def test_student_is_refused_as_a_teacher(refused, tmp_path):
@@ -939,9 +940,22 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ({"stage1_steps": 0, "stage2_steps": 0}, "there is nothing to train"),
         ({"augment": True, "trajectory_cache_gb": 1}, "trajectory_cache_gb is 1.0; it must be 0 with augment"),
         ({"trajectory_cache_dir": "kept"}, "trajectory_cache_gb is 0; with trajectory_cache_dir it must be above 0"),
-        ({"image_sizes": [4, 9]}, "does not divide into patches of patch_size=2; use 8 or 10 in place of 9"),
-        ({"final_image_size": 3}, "use 2 or 4 in place of 3"),
-        ({"eval_sizes": [5]}, "use 4 or 6 in place of 5"),
+        (
+            {"image_sizes": [4, 9]},
+            "image_sizes has 9: the image processor's output of 9 x 9 pixels does not divide into",
+        ),
+        ({"final_image_size": 3}, "final_image_size has 3: the image processor's output of 3 x 3 pixels"),
+        (
+            {"eval_sizes": [5]},
+            "eval_sizes has 5: the image processor's output of 5 x 5 pixels does not divide into patches",
+        ),
+        (
+            {"train_split": "train["},
+            "train_split is 'train['; it must be a split or a part of one, such as train[:80%]",
+        ),
+        ({"test_split": "test[:"}, "test_split is 'test[:'; it must be a split or a part of one"),
+        ({"tracker": "nonsense"}, "tracker is 'nonsense'; it must be one of all, "),
+        ({"tracker": "clearml"}, "tracker is 'clearml', which is not installed: pip install clearml"),
         ({"image_sizes": [4, 4]}, "image_sizes is [4, 4]; it must be one or more different sizes"),
         ({"image_size_shares": [1.0]}, "image_size_shares is [1.0]; it must be a share for each of image_sizes, None"),
         ({"image_sizes": [4], "image_size_shares": [0.0]}, "it must be a share for each of image_sizes, [4]"),
@@ -991,6 +1005,8 @@ def test_images_that_do_not_divide_into_patches_are_refused(refused, tmp_path):
 
 def test_folder_that_cannot_be_written_or_is_full_is_refused(refused, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    line = refused(trajectory_cache_gb=0.1, trajectory_cache_dir=tmp_path / "file")
+    assert "trajectory_cache_dir=" in line and "is not a folder that can be written to" in line
     line = refused(output_dir=tmp_path / "file" / "run")
     assert "output_dir=" in line and "is not a folder that can be written to" in line
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 1000, 1000)

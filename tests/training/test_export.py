@@ -54,6 +54,63 @@ def test_missing_packages_are_named(monkeypatch):
         export.check_packages(["pt2", "coreml"])
 
 
+@pytest.fixture
+def exported(tmp_path, monkeypatch):
+    """The recipe's command line in this process, on a tiny student, to a folder that has a file already."""
+    tiny_model(RaptorForImageClassification, num_labels=3, patch_size=2, image_size=8).save_pretrained(tmp_path / "k1")
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "model_float32.pt2").write_text("of before")
+
+    def run(*flags: str, model: str = "k1") -> list[str]:
+        arguments = [
+            "--model",
+            str(tmp_path / model),
+            "--formats",
+            "pt2",
+            "--output_dir",
+            str(tmp_path / "files"),
+            *flags,
+        ]
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments])
+        export.main()
+        return sorted(path.name for path in (tmp_path / "files").iterdir())
+
+    return run
+
+
+def test_a_file_of_before_stays_until_the_new_one_is_whole(exported, tmp_path, monkeypatch, capsys):
+    before = tmp_path / "files" / "model_float32.pt2"
+    with pytest.raises(SystemExit):
+        exported("--image_size", "8", "7")
+    assert "image_size is [8, 7]; 7 must be a multiple of the patch, such as 6 or 8" in capsys.readouterr().err
+
+    def half_written(model, path, size):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "save_pt2", half_written)
+    with pytest.raises(KeyboardInterrupt):
+        exported()
+    assert [path.name for path in before.parent.iterdir()] == [before.name] and before.read_text() == "of before"
+    monkeypatch.setattr(export, "save_pt2", lambda model, path, size: path.write_text("whole"))
+    assert exported() == ["export.json", "model_float32.pt2"] and before.read_text() == "whole"
+
+
+def test_a_folder_without_a_whole_student_is_told_in_one_line(exported, tmp_path, capsys):
+    student = tmp_path / "k1"
+    config = json.loads((student / "config.json").read_text())
+    for architectures in (None, ["ViTModel"]):
+        (student / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
+        with pytest.raises(SystemExit):
+            exported()
+        assert f"model is '{student}', whose config.json names" in capsys.readouterr().err
+    (student / "config.json").write_text(json.dumps(config))
+    (student / "model.safetensors").write_bytes((student / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(SystemExit):
+        exported()
+    assert f"model is '{student}', whose files cannot be read (SafetensorError" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_recipe_writes_files_and_what_they_agree_on(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")

@@ -13,8 +13,7 @@ from transformers import AutoModelForImageClassification
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
 from raptor_hf.data.images import load_image_processor
-from raptor_hf.data.loaders import TooManyFailuresError
-from raptor_hf.teacher import load_teacher
+from raptor_hf.teacher import Teacher, load_teacher
 from tests.support.tiny_models import tiny_dinov2
 from training import distill, probe, train_teacher
 
@@ -184,12 +183,23 @@ def test_a_file_that_holds_no_head_is_one_line(recipe, teacher, tmp_path, capsys
     assert stopped.value.code == 2 and "Traceback" not in error and f"init_head is '{path}'" in error.splitlines()[-1]
 
 
-def test_images_of_which_none_can_be_read_are_no_result(recipe, teacher, tmp_path):
-    (tmp_path / "photos").mkdir()
-    for value in range(20):
-        (tmp_path / "photos" / f"{value}.png").write_bytes(b"no image")
-    with pytest.raises(TooManyFailuresError, match="cannot be read"):
+@pytest.mark.parametrize("bad", [("train", "test"), ("test",)], ids=["all", "test"])
+def test_images_of_which_none_can_be_read_are_refused_before_any_work(
+    recipe, teacher, tmp_path, capsys, monkeypatch, bad
+):
+    monkeypatch.setattr(Teacher, "trajectory", None)
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split).mkdir(parents=True)
+        for value in range(20):
+            path = tmp_path / "photos" / split / f"{value}.png"
+            PIL.Image.new("RGB", (8, 8), (value, 0, 0)).save(path)
+            if split in bad:
+                path.write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stopped:
         recipe(distill, teacher=teacher, dataset=tmp_path / "photos", **DISTILL)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "photos test: all 20 images cannot be read" in line, line
+    assert not (tmp_path / "run" / "resolved.yaml").exists()
 
 
 def test_a_teacher_of_gray_images_is_told_so(recipe, teacher, tmp_path, capsys):

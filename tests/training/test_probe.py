@@ -1,6 +1,7 @@
 """The recipe of the probes, end to end, on tiny backbones of handwritten digits."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -329,6 +330,20 @@ def test_bad_settings_are_told_before_any_work(run, student, monkeypatch, capsys
     error = capsys.readouterr().err
     assert exit.value.code == 2
     assert any(part in error for part in message.split("|")), error
+
+
+def test_damaged_numbers_or_weights_of_the_model_are_told_before_any_work(run, student, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "pool_features", None)
+    for name in ("metrics.json", "model.safetensors"):
+        damaged = student.parent / f"damaged-{name}"
+        shutil.copytree(student, damaged)
+        whole = (damaged / name).read_bytes() if (damaged / name).exists() else b'{"fidelity": {}}'
+        (damaged / name).write_bytes(whole[:10])
+        before = sorted(damaged.iterdir())
+        with pytest.raises(SystemExit) as exit:
+            run(damaged)
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert exit.value.code == 2 and str(damaged) in line and sorted(damaged.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "a b", ".hidden"])

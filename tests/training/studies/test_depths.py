@@ -89,4 +89,16 @@ def test_elastic_students_are_lines_and_the_others_dots(tmp_path):
     assert drawn["untied"].get_xydata().tolist() == [[3, 0.7]]
     assert [line.get_linestyle() for line in drawn.values()] == ["-", "None", "None"]
     assert right.lines[0].get_xydata().tolist() == [[4, 99]]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["teacher", "elastic", "dedicated", "untied"]
     assert len(figures.plot_depths(study(), None, 4_000_000).axes) == 1
+
+
+def test_elastic_students_after_the_first_are_thin_lines_of_one_name():
+    variants = study()
+    for name in ("elastic, half", "elastic, three quarters"):
+        variants[name] = [record(name, {2: 0.5, 4: 0.6}, overrides={"elastic": [2], "elastic_share": 0.5})]
+    left, _ = figures.plot_depths(variants, 0.99, 4_000_000).axes
+    names = [text.get_text() for text in left.get_legend().get_texts()]
+    assert names == ["teacher", "elastic", "dedicated", "untied", "elastic, other settings"]
+    colors = [container.lines[0].get_color() for container in left.containers]
+    assert colors[-2:] == ["0.6", "0.6"] and len(set(colors)) == 4
