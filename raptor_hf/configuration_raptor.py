@@ -232,7 +232,7 @@ class RaptorConfig(BackboneConfigMixin, PreTrainedConfig):
             Stochastic depth, per sample and residual branch.
         num_register_tokens (`int`, *optional*, defaults to 4):
             Register tokens between the cls token and the patches. 1 for `embedding_type="deit"`, whose distillation
-            token it is; otherwise 0 but for `"dinov2_with_registers"`.
+            token it is; 0 for families without such tokens.
         embedding_type (`str`, *optional*, defaults to `"dinov2_with_registers"`):
             Family of the teacher whose embedding is wrapped, one of `TEACHER_FAMILIES`. The fields that follow are the
             family's unless they are given.

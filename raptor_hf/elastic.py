@@ -41,6 +41,9 @@ def depth_for(
         min_agreement: share of the images that must be given the same class as with L steps; the smallest number of
             steps that reaches it is chosen.
 
+    Returns:
+        The number of steps, for `model(images, num_steps=...)`.
+
     Raises:
         ValueError: not exactly one of the two is given, the model is not elastic or has no classifier, or no number of
             steps is within the budget.
@@ -104,6 +107,9 @@ def calibrate_exit(
         criterion: one of `raptor_hf.configuration_raptor.EXIT_CRITERIA`.
         max_disagreement: share of the images that may be given another class than without early exit.
         num_steps: steps of an image that does not stop early; None takes L.
+
+    Returns:
+        The threshold, with the agreement and the steps per image that it has on these images.
 
     Raises:
         ValueError: the model has no classifier, there are no images, or another argument is out of range.

@@ -183,8 +183,9 @@ def fit_to_teacher(
         student: of its shape, with blocks that start from its layers, as `student_from_teacher` makes it with any
             `init` but "random", or by any with `unit_gains`. Gains by step are fitted with the conditioning "low_rank",
             shifts with its `branch_shifts`, and gains of units with its `unit_gains`.
-        batches: of pixel values, (B, C, H, W), on the device; a hundred photographs are enough. Two trajectories of
-            each image are kept in memory, and at most `TOKENS_PER_IMAGE` of its tokens enter a fit.
+        batches: of pixel values, (B, C, H, W), on the device: of a hundred photographs, with `unit_gains` of 500 or
+            more. Two trajectories of each image are kept in memory, and at most `TOKENS_PER_IMAGE` of its tokens enter
+            a fit.
         rounds: number of rounds after the first one.
         ridge: strength of the pull towards the start, relative to the features' mean square; None takes 0.3, or 0.1
             with `unit_gains`, whose start is nearer.

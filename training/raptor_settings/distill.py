@@ -12,7 +12,7 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings(RunSettings):
-    """Distil a teacher into a Raptor; schedule, optimizer and losses are the published ones (arXiv 2512.19941)."""
+    """Distil a teacher into a Raptor; by default as published (arXiv 2512.19941), configurations have our recipe."""
 
     recipe: ClassVar[str] = "distill"
     command: ClassVar[str] = "accelerate launch training/distill.py"

@@ -241,7 +241,6 @@ def _take_none(parser: argparse.ArgumentParser, annotations: dict[str, Any]) -> 
             action.choices = [*action.choices, None]
 
 
-
 def _first_argument(settings_class: type) -> str:
     shipped = shipped_configs(getattr(settings_class, "recipe", ""))
     return getattr(settings_class, "first", "[CONFIG.yaml | NAME]" if shipped else "[CONFIG.yaml]")

@@ -4,7 +4,7 @@
     TEACHER=facebook/dinov2-small STUDENT=you/raptor-dinov2-small-k3 python training/space/app.py
 
 The page is that of `raptor explore`; without TEACHER and STUDENT the models are those of the digits that come with
-raptor_hf. The folder is a Space of the Hub as it stands, where both are variables of its settings.
+raptor_hf. The folder makes a Space of the Hub, where both are variables of its settings; README.md says what it needs.
 """
 
 import html

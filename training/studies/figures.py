@@ -238,6 +238,7 @@ def plot_depths(
 
     Args:
         variants: the runs of each, as study.py records them; "dedicated, 4 steps" is a dot of the series "dedicated".
+            Elastic ones after the first are thin lines of one name.
         teacher_accuracy: as a fraction, None where it has no classifier.
         teacher_macs: multiply-accumulates of the teacher.
         path: where to save the figure, as PNG unless its suffix names another format; None saves nothing.
@@ -252,20 +253,29 @@ def plot_depths(
     for name, runs in variants.items():
         line = name if is_elastic(runs) else name.rpartition(", ")[0] or name
         series.setdefault(line, []).extend(depths_of(runs).values())
-    for index, (name, depths) in enumerate(series.items()):
+    others = [name for name, runs in variants.items() if is_elastic(runs)][1:]
+    names = [name for name in series if name not in others]
+    for name, depths in series.items():
         depths = sorted(depths, key=lambda depth: depth.macs)
-        style = "o-" if name in variants else "s"
+        style = {"fmt": "o-" if name in variants else "s", "capsize": 3, "label": name}
+        if name in others:
+            label = "elastic, other settings" if name == others[0] else None
+            style = {"fmt": "-", "color": "0.6", "linewidth": 0.8, "label": label, "zorder": 0}
+        else:
+            style["color"] = f"C{names.index(name) % 10}"
         for axes, (score, (_, unit)) in zip(panels, scores, strict=True):
             known = [depth for depth in depths if None not in getattr(depth, score)]
             if known:
                 points = [mean_and_deviation(np.multiply(unit, getattr(depth, score))) for depth in known]
                 means, deviations = zip(*points, strict=True)
                 cost = [depth.macs / 1e6 for depth in known]
-                axes.errorbar(cost, means, deviations, fmt=style, capsize=3, color=f"C{index % 10}", label=name)
+                axes.errorbar(cost, means, deviations if name not in others else None, **style)
     for axes, (_, (label, _)) in zip(panels, scores, strict=True):
         axes.set(xlabel="multiply-accumulates per image (M)", xlim=(0, None), ylabel=label)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].legend(frameon=False, fontsize=9)
+    # the last panel has the teacher, too
+    handles = dict(zip(*reversed(panels[-1].get_legend_handles_labels()), strict=True))
+    panels[0].legend(handles.values(), handles.keys(), frameon=False, fontsize=9)
     return saved(figure, path, dpi=200, tight=True)
 
 
