@@ -37,7 +37,8 @@ def test_a_student_of_another_teacher_is_refused(refused, tmp_path):
 
 
 def test_what_cannot_be_read_or_written_is_named(refused, tmp_path, monkeypatch):
-    assert "student is 'none-such'" in refused(student="none-such")
+    nowhere = tmp_path / "nowhere"
+    assert f"student is '{nowhere}': " in refused(student=nowhere)
     (tmp_path / "file").write_text("")
     assert "folder of output=" in refused(output=tmp_path / "file" / "page.html")
     assert "image_size is 15; it must be a multiple of the patch, 2" in refused(image_size=15)
