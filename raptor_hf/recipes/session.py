@@ -246,7 +246,7 @@ def _accelerator(settings: Any, folder: Path) -> Accelerator:
         project_dir=str(folder / "logs"),
     )
     if not accelerator.log_with:
-        raise ValueError(f"tracker is {settings.tracker!r}, which is not installed: pip install {settings.tracker}")
+        raise ValueError(f"tracker is {settings.tracker!r}, which is not installed; install it, or leave tracker out")
     return accelerator
 
 

@@ -954,7 +954,7 @@ def test_data_set_without_usable_images_is_refused(refused, tmp_path):
         ),
         ({"test_split": "test[:"}, "test_split is 'test[:'; it must be a split or a part of one"),
         ({"tracker": "nonsense"}, "tracker is 'nonsense'; it must be one of all, "),
-        ({"tracker": "clearml"}, "tracker is 'clearml', which is not installed: pip install clearml"),
+        ({"tracker": "clearml"}, "tracker is 'clearml', which is not installed; install it"),
         ({"image_sizes": [4, 4]}, "image_sizes is [4, 4]; it must be one or more different sizes"),
         ({"image_size_shares": [1.0]}, "image_size_shares is [1.0]; it must be a share for each of image_sizes, None"),
         ({"image_sizes": [4], "image_size_shares": [0.0]}, "it must be a share for each of image_sizes, [4]"),
