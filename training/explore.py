@@ -38,11 +38,10 @@ def main() -> None:
     settings = parse_settings(ExploreSettings)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     with user_errors():
-        teacher, student = (
-            None if name is None else open_model(setting, name)
-            for setting, name in (("teacher", settings.teacher), ("student", settings.student))
-        )
-        check_pair(settings, teacher, student)
+        teacher = open_model("teacher", settings.teacher)
+        student = None if settings.student is None else open_model("student", settings.student)
+        if student is not None:
+            check_pair(settings, teacher, student)
         if not 1 <= settings.num_blocks <= teacher.num_layers:
             raise ValueError(f"num_blocks is {settings.num_blocks}; it must be in 1..{teacher.num_layers}, the layers")
         check_output_dir(Path(settings.output).parent, setting="folder of output")
@@ -68,9 +67,9 @@ def open_model(setting: str, name: str) -> Teacher:
         return load_teacher(name, attn_implementation="eager")
 
 
-def check_pair(settings: ExploreSettings, teacher: Teacher, student: Teacher | None) -> None:
+def check_pair(settings: ExploreSettings, teacher: Teacher, student: Teacher) -> None:
     """Refuse a student that cannot look at the teacher's images, or whose states cannot lie beside the teacher's."""
-    for name in ("patch_size", "hidden_size") if student is not None else ():
+    for name in ("patch_size", "hidden_size"):
         theirs, own = getattr(teacher, name), getattr(student, name)
         if own != theirs:
             raise ValueError(

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 import raptor_hf
 from raptor_hf.configuration_raptor import RaptorConfig, as_pair
-from raptor_hf.data.images import check_image_size, load_image_processor, open_images
+from raptor_hf.data.images import ImageSet, check_image_size, load_image_processor, multiples_near, open_images
 from raptor_hf.data.loaders import ImageLoader, check_readable, eval_loader
 from raptor_hf.export.agreement import Agreement, open_file
 from raptor_hf.export.programs import output_names, parameter_bytes, save_pt2
@@ -127,7 +127,7 @@ def check_size(image_size: list[int] | None, model: PreTrainedModel) -> None:
     """Refuse a size of images that does not divide into patches."""
     for side, patch in zip(image_size or (), as_pair(model.config.patch_size), strict=False):
         if side % patch:
-            near = " or ".join(str(size) for size in (side // patch * patch, side // patch * patch + patch) if size)
+            near = multiples_near(side, patch)
             raise ValueError(f"image_size is {image_size}; {side} must be a multiple of the patch, such as {near}")
 
 
@@ -141,16 +141,17 @@ def open_loaders(settings: ExportSettings, model: PreTrainedModel) -> tuple[list
         processor.size, processor.crop_size = {"shortest_edge": max(height, width)}, {"height": height, "width": width}
     check_image_size(processor, model.config.patch_size, model.config.num_channels)
 
-    def loader(split: str, limit: int | None) -> ImageLoader:
-        images = open_images(settings.dataset, split)
+    def loader(images: ImageSet, limit: int | None) -> ImageLoader:
         return eval_loader(images, processor, batch_size=settings.batch_size, limit=limit)
 
-    check_readable(open_images(settings.dataset, settings.test_split), processor, limit=settings.test_images)
+    test_images = open_images(settings.dataset, settings.test_split)
+    check_readable(test_images, processor, limit=settings.test_images)
     calibration = None
     if any(precision in ("int8_static", "int4") for _, precision in settings.files()):
-        batches = loader(settings.calibration_split, settings.calibration_images)
+        images = open_images(settings.dataset, settings.calibration_split)
+        batches = loader(images, settings.calibration_images)
         calibration = [batch["pixel_values"] for batch in batches]
-    return calibration, loader(settings.test_split, settings.test_images)
+    return calibration, loader(test_images, settings.test_images)
 
 
 def what_goes_in_and_out(name: str, model: PreTrainedModel) -> dict[str, Any]:

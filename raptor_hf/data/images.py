@@ -351,13 +351,17 @@ def check_image_size(
         )
     for side, patch in zip(shapes[0], as_pair(patch_size), strict=True):
         if side % patch:
-            below = side // patch * patch
-            nearest = " or ".join(str(size) for size in (below, below + patch) if size)
             raise ValueError(
                 f"the image processor's output of {shapes[0][0]} x {shapes[0][1]} pixels does not divide into patches "
-                f"of patch_size={patch_size}; use {nearest} in place of {side}"
+                f"of patch_size={patch_size}; use {multiples_near(side, patch)} in place of {side}"
             )
     return shapes[0]
+
+
+def multiples_near(side: int, patch: int) -> str:
+    """The multiples of the patch below and above a side, in pixels, for messages: "14 or 28"."""
+    below = side // patch * patch
+    return " or ".join(str(size) for size in (below, below + patch) if size)
 
 
 def resized_processor(processor: BaseImageProcessor, side: int, patch_size: int | Sequence[int]) -> BaseImageProcessor:

@@ -235,17 +235,15 @@ def _accelerator(settings: Any, folder: Path) -> Accelerator:
     Raises:
         ValueError: accelerate knows no such tracker, or it is not installed.
     """
-    if settings.tracker is None:
-        return Accelerator(mixed_precision=precision_of(settings.mixed_precision))
     known = [each.value for each in LoggerType]
-    if settings.tracker not in known:
+    if settings.tracker not in (None, *known):
         raise ValueError(f"tracker is {settings.tracker!r}; it must be one of {', '.join(known)}")
     accelerator = Accelerator(
         mixed_precision=precision_of(settings.mixed_precision),
         log_with=settings.tracker,
-        project_dir=str(folder / "logs"),
+        project_dir=str(folder / "logs") if settings.tracker else None,
     )
-    if not accelerator.log_with:
+    if settings.tracker and not accelerator.log_with:
         raise ValueError(f"tracker is {settings.tracker!r}, which is not installed; install it, or leave tracker out")
     return accelerator
 
